@@ -1,0 +1,30 @@
+//! What the node knows besides the folder. Values without a clock.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use crate::{
+    keys::{PskId, PublicKey},
+    names::{Device, MemberName, Ordinal},
+};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// The slot that this node holds.
+    pub slot: Ordinal,
+    /// The public keys of the private keys that this node has for its slot, at most two.
+    pub slot_keys: BTreeSet<PublicKey>,
+    pub psks: BTreeMap<MemberName, PskId>,
+    /// Every address that an endpoint name has lately resolved to.
+    pub resolved: BTreeMap<String, BTreeSet<IpAddr>>,
+    /// Pairs whose endpoint is to be written now, with the address: they have none, or are dead.
+    pub dial: BTreeMap<(Device, PublicKey), SocketAddr>,
+    /// Smallest MTU, in bytes, of the native devices.
+    pub underlay_mtu: u32,
+    /// Addresses on this node, for source hints and carve-outs.
+    pub addresses: BTreeSet<IpAddr>,
+    /// UDP port of device 0; device j listens on this + j.
+    pub base_port: u16,
+}

@@ -1,0 +1,168 @@
+//! WireGuard keys: parsed once, never printed when private, wiped when dropped.
+
+use std::{fmt, str::FromStr};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use sha2::{Digest, Sha256};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
+
+/// An X25519 public key (RFC 7748) that is neither zero nor of low order. `Display` is base64.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PublicKey([u8; 32]);
+
+/// An X25519 private key. `Debug` is `PrivateKey(..)`.
+#[derive(Clone, Zeroize, ZeroizeOnDrop)]
+pub struct PrivateKey([u8; 32]);
+
+/// A WireGuard preshared key. `Debug` is `PresharedKey(..)`.
+#[derive(Clone, Zeroize, ZeroizeOnDrop)]
+pub struct PresharedKey([u8; 32]);
+
+/// Tells one preshared key from another without being one: SHA-256 of a label and the key, its first 8 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PskId([u8; 8]);
+
+/// Why a text is no key. Never holds the text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadKey {
+    #[error("is not base64")]
+    NotBase64,
+    #[error("is {0} bytes long, a key has 32")]
+    Length(usize),
+    #[error("is all zeros")]
+    Zero,
+    #[error("is a point of low order: anybody could read what is sent to it")]
+    LowOrder,
+}
+
+fn decode(text: &str) -> Result<Zeroizing<[u8; 32]>, BadKey> {
+    let bytes = Zeroizing::new(STANDARD.decode(text).map_err(|_| BadKey::NotBase64)?);
+    let mut key = Zeroizing::new([0; 32]);
+    if bytes.len() != key.len() {
+        return Err(BadKey::Length(bytes.len()));
+    }
+    key.copy_from_slice(&bytes);
+    if *key == [0; 32] { Err(BadKey::Zero) } else { Ok(key) }
+}
+
+impl PublicKey {
+    /// Refuses zero and the points of low order (RFC 7748 §6.1: they give a shared secret of zero).
+    pub fn new(bytes: [u8; 32]) -> Result<PublicKey, BadKey> {
+        if bytes == [0; 32] {
+            return Err(BadKey::Zero);
+        }
+        // Any clamped scalar is a multiple of 8, the order of the small subgroup, and takes such a point to zero.
+        let shared = x25519_dalek::x25519([0x55; 32], bytes);
+        if shared == [0; 32] { Err(BadKey::LowOrder) } else { Ok(PublicKey(bytes)) }
+    }
+
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl FromStr for PublicKey {
+    type Err = BadKey;
+
+    fn from_str(text: &str) -> Result<PublicKey, BadKey> {
+        PublicKey::new(*decode(text)?)
+    }
+}
+
+impl fmt::Display for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&STANDARD.encode(self.0))
+    }
+}
+
+impl fmt::Debug for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PublicKey({self})")
+    }
+}
+
+impl PrivateKey {
+    pub fn new(bytes: [u8; 32]) -> PrivateKey {
+        PrivateKey(bytes)
+    }
+
+    pub fn public(&self) -> PublicKey {
+        PublicKey(x25519_dalek::x25519(self.0, x25519_dalek::X25519_BASEPOINT_BYTES))
+    }
+
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// For writing to a file that only its owner reads.
+    pub fn to_base64(&self) -> Zeroizing<String> {
+        Zeroizing::new(STANDARD.encode(self.0))
+    }
+}
+
+impl FromStr for PrivateKey {
+    type Err = BadKey;
+
+    fn from_str(text: &str) -> Result<PrivateKey, BadKey> {
+        decode(text).map(|key| PrivateKey(*key))
+    }
+}
+
+impl fmt::Debug for PrivateKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PrivateKey(..)")
+    }
+}
+
+impl PresharedKey {
+    pub fn new(bytes: [u8; 32]) -> PresharedKey {
+        PresharedKey(bytes)
+    }
+
+    pub fn id(&self) -> PskId {
+        let hash = Sha256::new().chain_update(b"carrick psk 1\0").chain_update(self.0).finalize();
+        let mut id = [0; 8];
+        id.copy_from_slice(&hash[..8]);
+        PskId(id)
+    }
+
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl FromStr for PresharedKey {
+    type Err = BadKey;
+
+    fn from_str(text: &str) -> Result<PresharedKey, BadKey> {
+        decode(text).map(|key| PresharedKey(*key))
+    }
+}
+
+impl fmt::Debug for PresharedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PresharedKey(..)")
+    }
+}
+
+impl PskId {
+    pub fn from_bytes(bytes: [u8; 8]) -> PskId {
+        PskId(bytes)
+    }
+
+    pub fn as_bytes(&self) -> &[u8; 8] {
+        &self.0
+    }
+}
+
+impl fmt::Display for PskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for PskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PskId({self})")
+    }
+}

@@ -1,0 +1,14 @@
+//! Carrick's node agent. See ARCHITECTURE.md for the map.
+
+pub mod api;
+pub mod diff;
+pub mod facts;
+pub mod intent;
+pub mod kernel;
+pub mod keys;
+pub mod names;
+pub mod plan;
+pub mod reconcile;
+pub mod source;
+pub mod state;
+pub mod tunnel;
