@@ -56,7 +56,7 @@ pub fn plan(intent: &Intent, facts: &Facts) -> (State, Vec<Rejection>) {
             Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Rule { family, table })).collect();
     }
     if !state.peers.is_empty() {
-        state.nft = Some(packet_rules(&state, intent, me));
+        state.nft = Some(packet_rules(intent, me, |member| facts.psks.get(member) == Some(&None)));
     }
     (state, rejected)
 }
@@ -187,19 +187,31 @@ pub fn addresses_of(host: &Host, resolved: &BTreeMap<String, Vec<IpAddr>>) -> Ve
     }
 }
 
-/// Packets pass between two prefixes only if each side offers its own to the other.
-fn packet_rules(state: &State, intent: &Intent, me: Myself<'_>) -> Nft {
+/// Packets pass between two prefixes only if each side offers its own to the other. The pairs never overlap: members
+/// hold disjoint prefixes, and of a member's nested ones the widest stands for all.
+fn packet_rules(intent: &Intent, me: Myself<'_>, left_out: impl Fn(&MemberName) -> bool) -> Nft {
     let mut nft = Nft::default();
-    for (name, member) in intent.members.iter().filter(|(name, _)| **name != intent.me) {
-        for remote in offered(member, &intent.me).filter(|prefix| state.routes.contains_key(&(Table::Remote, *prefix)))
-        {
-            for own in offered(me.member, name).filter(|own| own.is_ipv4() == remote.is_ipv4()) {
-                nft.keep_source.insert((own, remote));
+    for (name, member) in intent.members.iter().filter(|(name, _)| **name != intent.me && !left_out(name)) {
+        let own = widest(offered(me.member, name));
+        for remote in widest(offered(member, &intent.me)) {
+            for own in own.iter().copied().filter(|own| own.is_ipv4() == remote.is_ipv4()) {
+                nft.keep_source.extend([(own, remote), (remote, own)]);
                 nft.admit.insert((remote, own));
             }
         }
     }
     nft
+}
+
+/// The prefixes that lie in no other of them. Their order puts a prefix right before what it contains.
+fn widest(prefixes: impl Iterator<Item = IpNetwork>) -> Vec<IpNetwork> {
+    let mut widest: Vec<IpNetwork> = Vec::new();
+    for prefix in prefixes.collect::<BTreeSet<_>>() {
+        if !widest.last().is_some_and(|last| last.contains(prefix.network())) {
+            widest.push(prefix);
+        }
+    }
+    widest
 }
 
 /// Bytes: what the underlay carries less WireGuard's overhead, within what a device can have.
@@ -310,17 +322,17 @@ mod tests {
             TWO,
             &facts(),
             expect![[r#"
-            wg set carrick-wg0 listen-port 27473 private-key <of K0>
-            ip link set carrick-wg0 mtu 1420 addrgenmode none up
-            wg set carrick-wg0 peer K10 persistent-keepalive 25 allowed-ips +10.44.0.0/16
-            nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16 }
-            ip -4 rule add priority 11 lookup 7473
-            ip -4 rule add priority 12 not iif lo lookup 7474
-            ip -6 rule add priority 11 lookup 7473
-            ip -6 rule add priority 12 not iif lo lookup 7474
-            ip route replace unreachable 10.44.0.0/16 table 7474
-            ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-        "#]],
+                wg set carrick-wg0 listen-port 27473 private-key <of K0>
+                ip link set carrick-wg0 mtu 1420 addrgenmode none up
+                wg set carrick-wg0 peer K10 persistent-keepalive 25 allowed-ips +10.44.0.0/16
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16 }
+                ip -4 rule add priority 11 lookup 7473
+                ip -4 rule add priority 12 not iif lo lookup 7474
+                ip -6 rule add priority 11 lookup 7473
+                ip -6 rule add priority 12 not iif lo lookup 7474
+                ip route replace unreachable 10.44.0.0/16 table 7474
+                ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
+            "#]],
         );
     }
 
@@ -335,25 +347,25 @@ mod tests {
             mesh,
             &facts(),
             expect![[r#"
-            wg set carrick-wg0 listen-port 27473 private-key <of K0>
-            wg set carrick-wg1 listen-port 27474 private-key <of K0>
-            ip link set carrick-wg0 mtu 1420 addrgenmode none up
-            ip link set carrick-wg1 mtu 1420 addrgenmode none up
-            wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+fd00:44::/48
-            wg set carrick-wg1 peer K21 allowed-ips +10.45.0.0/16
-            wg set carrick-wg1 peer K11 allowed-ips +10.44.0.0/16,+fd00:44::/48
-            nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, fd00:42::/48 . fd00:44::/48 } admit { 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16, fd00:44::/48 . fd00:42::/48 }
-            ip -4 rule add priority 11 lookup 7473
-            ip -4 rule add priority 12 not iif lo lookup 7474
-            ip -6 rule add priority 11 lookup 7473
-            ip -6 rule add priority 12 not iif lo lookup 7474
-            ip route replace unreachable 10.44.0.0/16 table 7474
-            ip route replace unreachable 10.45.0.0/16 table 7474
-            ip route replace unreachable fd00:44::/48 table 7474
-            ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-            ip route replace 10.45.0.0/16 dev carrick-wg1 src 10.42.0.1 table 7473
-            ip route replace fd00:44::/48 dev carrick-wg0 table 7473
-        "#]],
+                wg set carrick-wg0 listen-port 27473 private-key <of K0>
+                wg set carrick-wg1 listen-port 27474 private-key <of K0>
+                ip link set carrick-wg0 mtu 1420 addrgenmode none up
+                ip link set carrick-wg1 mtu 1420 addrgenmode none up
+                wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+fd00:44::/48
+                wg set carrick-wg1 peer K21 allowed-ips +10.45.0.0/16
+                wg set carrick-wg1 peer K11 allowed-ips +10.44.0.0/16,+fd00:44::/48
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16, fd00:42::/48 . fd00:44::/48, fd00:44::/48 . fd00:42::/48 } admit { 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16, fd00:44::/48 . fd00:42::/48 }
+                ip -4 rule add priority 11 lookup 7473
+                ip -4 rule add priority 12 not iif lo lookup 7474
+                ip -6 rule add priority 11 lookup 7473
+                ip -6 rule add priority 12 not iif lo lookup 7474
+                ip route replace unreachable 10.44.0.0/16 table 7474
+                ip route replace unreachable 10.45.0.0/16 table 7474
+                ip route replace unreachable fd00:44::/48 table 7474
+                ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
+                ip route replace 10.45.0.0/16 dev carrick-wg1 src 10.42.0.1 table 7473
+                ip route replace fd00:44::/48 dev carrick-wg0 table 7473
+            "#]],
         );
     }
 
@@ -368,21 +380,45 @@ mod tests {
             mesh,
             &facts(),
             expect![[r#"
+                wg set carrick-wg0 listen-port 27473 private-key <of K0>
+                ip link set carrick-wg0 mtu 1420 addrgenmode none up
+                wg set carrick-wg0 peer K10 allowed-ips +10.46.0.0/16
+                wg set carrick-wg0 peer K20 allowed-ips +10.45.0.0/16
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.46.0.0/16, 10.43.0.0/16 . 10.45.0.0/16, 10.43.0.0/16 . 10.46.0.0/16, 10.45.0.0/16 . 10.43.0.0/16, 10.46.0.0/16 . 10.42.0.0/16, 10.46.0.0/16 . 10.43.0.0/16 } admit { 10.45.0.0/16 . 10.43.0.0/16, 10.46.0.0/16 . 10.42.0.0/16, 10.46.0.0/16 . 10.43.0.0/16 }
+                ip -4 rule add priority 11 lookup 7473
+                ip -4 rule add priority 12 not iif lo lookup 7474
+                ip -6 rule add priority 11 lookup 7473
+                ip -6 rule add priority 12 not iif lo lookup 7474
+                ip route replace unreachable 10.45.0.0/16 table 7474
+                ip route replace unreachable 10.46.0.0/16 table 7474
+                ip route replace 10.45.0.0/16 dev carrick-wg0 table 7473
+                ip route replace 10.46.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
+            "#]],
+        );
+    }
+
+    #[test]
+    fn nested_prefixes_of_a_member_are_routed_each_and_permitted_once() {
+        let mesh = "
+            mn 1 gw0@203.0.113.1:27473 10.42.0.0/16 10.42.8.0/24
+            va 2 gw0@198.51.100.1:27473 10.44.0.0/16 10.44.0.0/24 10.44.8.0/24
+        ";
+        check(mesh, &facts(), expect![[r#"
             wg set carrick-wg0 listen-port 27473 private-key <of K0>
             ip link set carrick-wg0 mtu 1420 addrgenmode none up
-            wg set carrick-wg0 peer K10 allowed-ips +10.46.0.0/16
-            wg set carrick-wg0 peer K20 allowed-ips +10.45.0.0/16
-            nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.46.0.0/16, 10.43.0.0/16 . 10.45.0.0/16, 10.43.0.0/16 . 10.46.0.0/16 } admit { 10.45.0.0/16 . 10.43.0.0/16, 10.46.0.0/16 . 10.42.0.0/16, 10.46.0.0/16 . 10.43.0.0/16 }
+            wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+10.44.0.0/24,+10.44.8.0/24
+            nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16 }
             ip -4 rule add priority 11 lookup 7473
             ip -4 rule add priority 12 not iif lo lookup 7474
             ip -6 rule add priority 11 lookup 7473
             ip -6 rule add priority 12 not iif lo lookup 7474
-            ip route replace unreachable 10.45.0.0/16 table 7474
-            ip route replace unreachable 10.46.0.0/16 table 7474
-            ip route replace 10.45.0.0/16 dev carrick-wg0 table 7473
-            ip route replace 10.46.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-        "#]],
-        );
+            ip route replace unreachable 10.44.0.0/16 table 7474
+            ip route replace unreachable 10.44.0.0/24 table 7474
+            ip route replace unreachable 10.44.8.0/24 table 7474
+            ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
+            ip route replace 10.44.0.0/24 dev carrick-wg0 src 10.42.0.1 table 7473
+            ip route replace 10.44.8.0/24 dev carrick-wg0 src 10.42.0.1 table 7473
+        "#]]);
     }
 
     #[test]
@@ -396,24 +432,24 @@ mod tests {
             mesh,
             &facts(),
             expect![[r#"
-            wg set carrick-wg0 listen-port 27473 private-key <of K0>
-            ip link set carrick-wg0 mtu 1420 addrgenmode none up
-            wg set carrick-wg0 peer K10 persistent-keepalive 25 allowed-ips +10.44.0.0/16
-            wg set carrick-wg0 peer K20 persistent-keepalive 25 allowed-ips +10.45.0.0/16
-            nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 }
-            ip -4 rule add priority 11 lookup 7473
-            ip -4 rule add priority 12 not iif lo lookup 7474
-            ip -6 rule add priority 11 lookup 7473
-            ip -6 rule add priority 12 not iif lo lookup 7474
-            ip route replace unreachable 10.44.0.0/16 table 7474
-            ip route replace throw 10.44.7.7/32 table 7474
-            ip route replace throw 10.44.9.9/32 table 7474
-            ip route replace unreachable 10.45.0.0/16 table 7474
-            ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-            ip route replace throw 10.44.7.7/32 table 7473
-            ip route replace throw 10.44.9.9/32 table 7473
-            ip route replace 10.45.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-        "#]],
+                wg set carrick-wg0 listen-port 27473 private-key <of K0>
+                ip link set carrick-wg0 mtu 1420 addrgenmode none up
+                wg set carrick-wg0 peer K10 persistent-keepalive 25 allowed-ips +10.44.0.0/16
+                wg set carrick-wg0 peer K20 persistent-keepalive 25 allowed-ips +10.45.0.0/16
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 }
+                ip -4 rule add priority 11 lookup 7473
+                ip -4 rule add priority 12 not iif lo lookup 7474
+                ip -6 rule add priority 11 lookup 7473
+                ip -6 rule add priority 12 not iif lo lookup 7474
+                ip route replace unreachable 10.44.0.0/16 table 7474
+                ip route replace throw 10.44.7.7/32 table 7474
+                ip route replace throw 10.44.9.9/32 table 7474
+                ip route replace unreachable 10.45.0.0/16 table 7474
+                ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
+                ip route replace throw 10.44.7.7/32 table 7473
+                ip route replace throw 10.44.9.9/32 table 7473
+                ip route replace 10.45.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
+            "#]],
         );
     }
 
@@ -433,7 +469,7 @@ mod tests {
                 wg set carrick-wg0 listen-port 27473 private-key <of K0>
                 ip link set carrick-wg0 mtu 1420 addrgenmode none up
                 wg set carrick-wg0 peer K20 preshared-key <0707070707070707> allowed-ips +10.45.0.0/16
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.45.0.0/16 } admit { 10.45.0.0/16 . 10.42.0.0/16 }
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.45.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } admit { 10.45.0.0/16 . 10.42.0.0/16 }
                 ip -4 rule add priority 11 lookup 7473
                 ip -4 rule add priority 12 not iif lo lookup 7474
                 ip -6 rule add priority 11 lookup 7473

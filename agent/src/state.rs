@@ -120,7 +120,7 @@ impl Rule {
 /// The contents of the nftables table `inet carrick`; its chains are always the same.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Nft {
-    /// Our own ranges and the remote ranges that they talk to, (own, remote): such packets keep their source, ahead of the CNI's masquerade.
+    /// (source, destination): such packets keep their source, ahead of the CNI's masquerade. Both directions.
     pub keep_source: BTreeSet<(IpNetwork, IpNetwork)>,
     /// What may come out of a tunnel, (remote source, own destination): what was offered to that member.
     pub admit: BTreeSet<(IpNetwork, IpNetwork)>,
