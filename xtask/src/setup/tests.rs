@@ -32,16 +32,23 @@ fn nothing_missing_is_ready_anywhere() {
 
 #[test]
 fn root_on_debian_12_installs_packages_first() {
-    check(DEBIAN_12, &["cargo-deny", "wg", "rustup component clippy", "nft"], expect![[r#"
+    check(
+        DEBIAN_12,
+        &["cargo-deny", "wg", "rustup component clippy", "nft"],
+        expect![[r#"
         Apt(["nftables", "wireguard-tools"])
         Rustup(["clippy"])
         Build(Crate { package: "cargo-deny", version: "0.20.2", binary: "cargo-deny" })
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_user_on_debian_12_is_told_once() {
-    check(DEBIAN_12, &["root", "nft", "ip", "cargo-deny"], expect![[r#"
+    check(
+        DEBIAN_12,
+        &["root", "nft", "ip", "cargo-deny"],
+        expect![[r#"
         missing on this machine:
           root                         makes network namespaces and TUN devices
           nft                          the agent's identity NAT; the lab's masquerading and NAT routers
@@ -50,78 +57,111 @@ fn a_user_on_debian_12_is_told_once() {
         paste this line:
           sudo apt-get update && sudo apt-get install -y --no-install-recommends nftables iproute2 && sudo env "PATH=$PATH" "HOME=$HOME" cargo xtask test
         without root: cargo test -p agent
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_user_with_every_package_lacks_only_root() {
-    check(DEBIAN_12, &["root"], expect![[r#"
+    check(
+        DEBIAN_12,
+        &["root"],
+        expect![[r#"
         missing on this machine:
           root                         makes network namespaces and TUN devices
         paste this line:
           sudo env "PATH=$PATH" "HOME=$HOME" cargo xtask test
         without root: cargo test -p agent
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn elsewhere_root_installs_nothing_by_itself() {
-    check(UBUNTU, &["wg"], expect![[r#"
+    check(
+        UBUNTU,
+        &["wg"],
+        expect![[r#"
         missing on this machine:
           wg                           shows our devices; configures the implementations we are measured against
         paste this line:
           apt-get update && apt-get install -y --no-install-recommends wireguard-tools
         only Debian 12 was tried, Ubuntu 24.04.1 LTS was not
-    "#]]);
-    check(FEDORA, &["/usr/include/stdio.h", "ip"], expect![[r#"
+    "#]],
+    );
+    check(
+        FEDORA,
+        &["/usr/include/stdio.h", "ip"],
+        expect![[r#"
         missing on this machine:
           /usr/include/stdio.h         compiles and links ring, the cryptography
           ip                           links, addresses and routes of the lab
         paste this line:
           dnf install -y glibc-devel iproute
         only Debian 12 was tried, Fedora Linux 42 was not
-    "#]]);
-    check("", &["nft"], expect![[r#"
+    "#]],
+    );
+    check(
+        "",
+        &["nft"],
+        expect![[r#"
         missing on this machine:
           nft                          the agent's identity NAT; the lab's masquerading and NAT routers
         paste this line:
           apt-get update && apt-get install -y --no-install-recommends nftables
         only Debian 12 was tried, this system was not
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn elsewhere_the_cache_is_still_ours_to_fill() {
-    check(FEDORA, &["rustup component rustfmt", "go >= 1.26", "wireguard-go"], expect![[r#"
+    check(
+        FEDORA,
+        &["rustup component rustfmt", "go >= 1.26", "wireguard-go"],
+        expect![[r#"
         Rustup(["rustfmt"])
         FetchGo
         Build(Go { name: "wireguard-go", package: "golang.zx2c4.com/wireguard", version: "20260522210424-ecfc5a8d5446" })
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn what_no_package_brings_is_named_with_its_remedy() {
-    check(DEBIAN_12, &["/dev/net/tun", "nft"], expect![[r#"
+    check(
+        DEBIAN_12,
+        &["/dev/net/tun", "nft"],
+        expect![[r#"
         missing on this machine:
           /dev/net/tun                 userspace WireGuard devices
           nft                          the agent's identity NAT; the lab's masquerading and NAT routers
         paste this line:
           modprobe tun && apt-get update && apt-get install -y --no-install-recommends nftables
-    "#]]);
-    check(DEBIAN_12, &["namespaces"], expect![[r#"
+    "#]],
+    );
+    check(
+        DEBIAN_12,
+        &["namespaces"],
+        expect![[r#"
         missing on this machine:
           namespaces                   nodes of the lab are namespaces
         making namespaces is forbidden here (a container?): it needs CAP_SYS_ADMIN and CAP_NET_ADMIN
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn go_comes_from_pypi_with_what_that_needs() {
-    check(DEBIAN_12, &["go >= 1.26, or python3 venv", "go >= 1.26", "wireguard-go"], expect![[r#"
+    check(
+        DEBIAN_12,
+        &["go >= 1.26, or python3 venv", "go >= 1.26", "wireguard-go"],
+        expect![[r#"
         Apt(["python3-venv"])
         FetchGo
         Build(Go { name: "wireguard-go", package: "golang.zx2c4.com/wireguard", version: "20260522210424-ecfc5a8d5446" })
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
