@@ -34,13 +34,16 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// From now on Ctrl-C (also SIGTERM and SIGHUP) interrupts every group that [`run`] has started; a second one kills.
-/// Whoever waits for something else asks [`interrupted`]. To be called once.
+/// From now on Ctrl-C (also SIGTERM and SIGHUP) interrupts every group that [`run`] has started; whoever waits for
+/// something else asks [`check_interrupted`]. A second one kills, and ends us. To be called once.
 pub fn pass_on_interrupts() -> anyhow::Result<()> {
     ctrlc::set_handler(|| {
         let again = INTERRUPTED.swap(true, Ordering::SeqCst);
         for group in locked(&GROUPS).iter() {
             signal_group(*group, if again { Signal::SIGKILL } else { Signal::SIGINT });
+        }
+        if again {
+            std::process::exit(130);
         }
     })
     .context("cannot handle SIGINT")
