@@ -112,6 +112,8 @@ pub enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
     NotYetSupported,
+    NotInMesh,
+    PresharedKeyUnreadable,
 }
 
 impl fmt::Display for Rejection {
