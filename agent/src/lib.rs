@@ -5,10 +5,13 @@ pub mod diff;
 pub mod facts;
 pub mod intent;
 pub mod kernel;
+pub mod keyring;
 pub mod keys;
 pub mod names;
 pub mod plan;
 pub mod reconcile;
+#[cfg(test)]
+mod scratch;
 pub mod source;
 pub mod state;
 pub mod tunnel;

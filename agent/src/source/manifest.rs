@@ -233,9 +233,12 @@ mod tests {
         for text in ["\n", "---\n", "# nothing\n", "---\n---\n...\n", "null\n"] {
             assert_eq!(rendered(text.as_bytes()), "", "{text:?}");
         }
-        check("", expect![[r#"
+        check(
+            "",
+            expect![[r#"
             line - (-): has no bytes, as if it were half written; to say nothing, delete it or leave a comment in it
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
@@ -282,103 +285,186 @@ mod tests {
             "#]],
         );
         check(
-            &format!("{CLUSTER}  id: 1\n  gateways:\n  - {{ordinal: 0, publicKey: x, endpoint: y}}\n  - ordinal: 1\n    publickey: x\n"),
+            &format!(
+                "{CLUSTER}  id: 1\n  gateways:\n  - {{ordinal: 0, publicKey: x, endpoint: y}}\n  - ordinal: 1\n    publickey: x\n"
+            ),
             expect![[r#"
                 line 7 (1): spec.gateways[0].endpoint: there is no such field, did you mean "endpoints"?
                 line 8 (1): spec.gateways[1]: the field "publicKey" is missing
                 line 9 (1): spec.gateways[1].publickey: there is no such field, did you mean "publicKey"?
             "#]],
         );
-        check(&format!("metadaat: 1\n{CLUSTER}  id: 1\n"), expect![[r#"
+        check(
+            &format!("metadaat: 1\n{CLUSTER}  id: 1\n"),
+            expect![[r#"
             line 1 (1): metadaat: there is no such field, did you mean "metadata"?
-        "#]]);
-        check(&format!("{CLUSTER}  id: 1\n  privateKey: {SECRET}\n  {SECRET}: 1\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: 1\n  privateKey: {SECRET}\n  {SECRET}: 1\n"),
+            expect![[r#"
             line 6 (1): spec.privateKey: secrets do not belong in this folder but in the keys' directory; take this one for known to others and make a new one
             line 7 (1): spec.(not shown): there is no such field; there are: id, gateways, allowedCIDRs, persistentKeepaliveSeconds, dnsAliases, via
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn values_of_the_wrong_type() {
-        check(&format!("{CLUSTER}  id: one\n"), expect![[r#"
+        check(
+            &format!("{CLUSTER}  id: one\n"),
+            expect![[r#"
             line 5 (1): spec.id: is a text, must be a whole number
-        "#]]);
-        check(&format!("{CLUSTER}  id: {SECRET}\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: {SECRET}\n"),
+            expect![[r#"
             line 5 (1): spec.id: is a text, must be a whole number
-        "#]]);
-        check(&format!("{CLUSTER}  id: 1.5\n"), expect![[r#"
-            line 5 (1): spec.id: is a number with a fraction or exponent, must be a whole number
-        "#]]);
-        check(&format!("{CLUSTER}  id: 010\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: 1.5\n"),
+            expect![[r#"
+            line 5 (1): spec.id: is a number that is not whole or too large, must be a whole number
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: 010\n"),
+            expect![[r#"
             line 5 (1): spec.id: is a text, must be a whole number
-        "#]]);
-        check(&format!("{CLUSTER}  id: 99999999999999999999\n"), expect![[r#"
-            line 5 (1): spec.id: is a number with a fraction or exponent, must be a whole number
-        "#]]);
-        check(&format!("{CLUSTER}  id: 1\n  via: hub\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: 99999999999999999999\n"),
+            expect![[r#"
+            line 5 (1): spec.id: is a number that is not whole or too large, must be a whole number
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: 1\n  via: hub\n"),
+            expect![[r#"
             line 6 (1): spec.via: is a text, must be a list
-        "#]]);
-        check(&format!("{CLUSTER}  id: 1\n  via:\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: 1\n  via:\n"),
+            expect![[r#"
             line 6 (1): spec.via: is without a value, must be a list: give it one or leave the field out
-        "#]]);
-        check(&format!("{CLUSTER}  id: 1\n  via: [no]\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: 1\n  via: [no]\n"),
+            expect![[r#"
             line 6 (1): spec.via[0]: is the boolean false, must be a text: put it in quotes
-        "#]]);
-        check(&format!("{CLUSTER}  id: 1\n  via: [1]\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: 1\n  via: [1]\n"),
+            expect![[r#"
             line 6 (1): spec.via[0]: is the number 1, must be a text: put it in quotes
-        "#]]);
-        check(&format!("{CLUSTER}  - {SECRET}\n"), expect![[r#"
-            line 5 (1): spec[0]: is a text, must be a whole number
-        "#]]);
-        check(&format!("{ROUTES}  cluster: mn\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  - {SECRET}\n"),
+            expect![[r#"
+            line 5 (1): spec: is a list, must be a mapping
+        "#]],
+        );
+        check(
+            &format!("{ROUTES}  cluster: mn\n"),
+            expect![[r#"
             line 5 (1): spec: the field "routes" is missing
-        "#]]);
-        check(&format!("{ROUTES}  cluster: mn\n  routes:\n  - {{type: Pod}}\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{ROUTES}  cluster: mn\n  routes:\n  - {{type: Pod}}\n"),
+            expect![[r#"
             line 7 (1): spec.routes[0]: the field "cidr" is missing
-        "#]]);
-        check(&CLUSTER.replace("spec:", ""), expect![[r#"
+        "#]],
+        );
+        check(
+            &CLUSTER.replace("spec:", ""),
+            expect![[r#"
             line 1 (1): the field "spec" is missing
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn what_a_document_is() {
-        check(SECRET, expect![[r#"
+        check(
+            SECRET,
+            expect![[r#"
             line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
-        "#]]);
-        check("- a\n", expect![[r#"
+        "#]],
+        );
+        check(
+            "- a\n",
+            expect![[r#"
             line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
-        "#]]);
-        check("{}\n", expect![[r#"
+        "#]],
+        );
+        check(
+            "{}\n",
+            expect![[r#"
             line 1 (1): kind: is missing: one of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway
-        "#]]);
-        check("kind: MeshCluster\n", expect![[r#"
+        "#]],
+        );
+        check(
+            "kind: MeshCluster\n",
+            expect![[r#"
             line 1 (1): apiVersion: is missing: carrick.dev/v1alpha1
-        "#]]);
-        check("kind: MeshCluster\napiVersion: carrick.dev/v1\n", expect![[r#"
+        "#]],
+        );
+        check(
+            "kind: MeshCluster\napiVersion: carrick.dev/v1\n",
+            expect![[r#"
             line 2 (1): apiVersion: MeshCluster is of carrick.dev/v1alpha1, not of "carrick.dev/v1"
-        "#]]);
-        check("kind: MeshClutser\napiVersion: carrick.dev/v1alpha1\n", expect![[r#"
+        "#]],
+        );
+        check(
+            "kind: MeshClutser\napiVersion: carrick.dev/v1alpha1\n",
+            expect![[r#"
             line 1 (1): kind: "MeshClutser" is unknown, did you mean "MeshCluster"?
-        "#]]);
-        check("kind: Deployment\napiVersion: apps/v1\n", expect![[r#"
+        "#]],
+        );
+        check(
+            "kind: Deployment\napiVersion: apps/v1\n",
+            expect![[r#"
             line 1 (1): kind: "Deployment" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway: take it out of the folder
-        "#]]);
-        check(&format!("kind: {SECRET}\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("kind: {SECRET}\n"),
+            expect![[r#"
             line 1 (1): kind: (not shown) is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway: take it out of the folder
-        "#]]);
-        check("{apiVersion: v1, kind: Node, metadata: {name: a}}", expect![[r#"
+        "#]],
+        );
+        check(
+            "{apiVersion: v1, kind: Node, metadata: {name: a}}",
+            expect![[r#"
             line 1 (1): kind: Node is not supported yet: take it out of the folder
-        "#]]);
-        check("{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster}", expect![[r#"
+        "#]],
+        );
+        check(
+            "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster}",
+            expect![[r#"
             line 1 (1): metadata.name: is missing
-        "#]]);
-        check("{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster, name: a, metadata: {}}", expect![[r#"
+        "#]],
+        );
+        check(
+            "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster, name: a, metadata: {}}",
+            expect![[r#"
             line 1 (1): metadata.name: is missing
-        "#]]);
-        check("{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster, metadata: {name: ''}}", expect![[r#"
+        "#]],
+        );
+        check(
+            "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster, metadata: {name: ''}}",
+            expect![[r#"
             line 1 (1): metadata.name: is empty
-        "#]]);
+        "#]],
+        );
         check(
             &CLUSTER.replace("{name: mn}", "\n  name: mn\n  namespace: kube-system"),
             expect![[r#"
@@ -389,76 +475,127 @@ mod tests {
 
     #[test]
     fn one_bad_document_spoils_the_file_and_every_flaw_is_told() {
-        check(&format!("{CLUSTER}  id: 1\n---\n{CLUSTER}  id: x\n---\n{CLUSTER}  ib: x\n"), expect![[r#"
+        check(
+            &format!("{CLUSTER}  id: 1\n---\n{CLUSTER}  id: x\n---\n{CLUSTER}  ib: x\n"),
+            expect![[r#"
             line 11 (2): spec.id: is a text, must be a whole number
             line 17 (3): spec.ib: there is no such field; there are: id, gateways, allowedCIDRs, persistentKeepaliveSeconds, dnsAliases, via
             line 17 (3): spec: the field "id" is missing
-        "#]]);
-        check(&format!("{CLUSTER}  id: 1\n{}", "  x: 1\n  y: 2\n  z: 3\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: 1\n{}", "  x: 1\n  y: 2\n  z: 3\n"),
+            expect![[r#"
             line 6 (1): spec.x: there is no such field; there are: id, gateways, allowedCIDRs, persistentKeepaliveSeconds, dnsAliases, via
             line 7 (1): spec.y: there is no such field; there are: id, gateways, allowedCIDRs, persistentKeepaliveSeconds, dnsAliases, via
             line 8 (1): spec.z: there is no such field; there are: id, gateways, allowedCIDRs, persistentKeepaliveSeconds, dnsAliases, via
-        "#]]);
+        "#]],
+        );
         let many: String = (0..50).map(|n| format!("  field{n}: 1\n")).collect();
         assert!(rendered(format!("{CLUSTER}{many}").as_bytes()).ends_with("line - (-): and 31 more errors\n"));
     }
 
     #[test]
     fn what_is_not_yaml() {
-        check(&format!("{CLUSTER}  id: 1\n---\n{CLUSTER}  id: [1\n"), expect![[r#"
+        check(
+            &format!("{CLUSTER}  id: 1\n---\n{CLUSTER}  id: [1\n"),
+            expect![[r#"
             line 11 (2): is not YAML: unclosed bracket '['
-        "#]]);
-        check(&format!("{CLUSTER}  id: 1\n  id: 2\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: 1\n  id: 2\n"),
+            expect![[r#"
             line 6 (1): the field "id" is given twice: keep one
-        "#]]);
-        check(&format!("{CLUSTER}\tid: 1\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}\tid: 1\n"),
+            expect![[r#"
             line 5 (1): is not YAML: tabs disallowed within this context (block indentation)
-        "#]]);
-        check(&format!("{CLUSTER}  id: *nowhere\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: *nowhere\n"),
+            expect![[r#"
             line 5 (1): an alias (*name) stands for an anchor (&name) that is not there
-        "#]]);
-        check(&format!("{CLUSTER}  id: &a [*a]\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: &a [*a]\n"),
+            expect![[r#"
             line 5 (1): an alias (*name) contains itself
-        "#]]);
-        check(&format!("{CLUSTER}  id: !!js {SECRET}\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: !!js {SECRET}\n"),
+            expect![[r#"
             line 5 (1): tags (!name) of one's own mean nothing here: leave the tag out
-        "#]]);
-        check(&format!("{CLUSTER}  id: .nan\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: .nan\n"),
+            expect![[r#"
             line 5 (1): a number is not finite
-        "#]]);
-        check(&format!("{CLUSTER}  {SECRET}: 1\n  {SECRET}: 2\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  {SECRET}: 1\n  {SECRET}: 2\n"),
+            expect![[r#"
             line 6 (1): the field (not shown) is given twice: keep one
-        "#]]);
-        check(&format!("{CLUSTER}  id: \"{SECRET}\n"), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}  id: \"{SECRET}\n"),
+            expect![[r#"
             line 6 (1): is not YAML: invalid indentation in multiline quoted scalar
-        "#]]);
-        check(&"[".repeat(100_000), expect![[r#"
+        "#]],
+        );
+        check(
+            &"[".repeat(100_000),
+            expect![[r#"
             line 1 (1): is not YAML: recursion limit exceeded
-        "#]]);
-        check(&format!("{CLUSTER}{}", "- ".repeat(1000)), expect![[r#"
+        "#]],
+        );
+        check(
+            &format!("{CLUSTER}{}", "- ".repeat(1000)),
+            expect![[r#"
             line 5 (1): is nested too deeply
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn anchors_are_read_and_bombs_are_not() {
-        check(&format!("{CLUSTER}  id: 1\n  via: &hubs [hub]\n  dnsAliases: *hubs\n"), expect![[r#"
+        check(
+            &format!("{CLUSTER}  id: 1\n  via: &hubs [hub]\n  dnsAliases: *hubs\n"),
+            expect![[r#"
             1 MeshCluster/mn
-        "#]]);
+        "#]],
+        );
         let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
         for n in 1..10 {
             let aliases = vec![format!("*a{}", n - 1); 9].join(", ");
             writeln!(bomb, "a{n}: &a{n} [{aliases}]").unwrap();
         }
-        check(&bomb, expect![[r#"
+        check(
+            &bomb,
+            expect![[r#"
             line 5 (1): has too many values, anchors or aliases: split it
-        "#]]);
-        check(&"- a\n".repeat(250_000), expect![[r#"
+        "#]],
+        );
+        check(
+            &"- a\n".repeat(250_000),
+            expect![[r#"
             line 200000 (1): has too many values, anchors or aliases: split it
-        "#]]);
-        check(&"---\n".repeat(20_000), expect![[r#"
+        "#]],
+        );
+        check(
+            &"---\n".repeat(20_000),
+            expect![[r#"
             line 10001 (10001): has too many documents: split it
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
@@ -467,17 +604,21 @@ mod tests {
         bytes.push(0xff);
         expect![[r#"
             line 6 (-): is not UTF-8: save it in that encoding
-        "#]].assert_eq(&rendered(&bytes));
+        "#]]
+        .assert_eq(&rendered(&bytes));
         let utf16: Vec<u8> = CLUSTER.encode_utf16().flat_map(u16::to_le_bytes).collect();
         expect![[r#"
             line 1 (1): is not YAML: unexpected character: `\u{0}'
-        "#]].assert_eq(&rendered(&utf16));
+        "#]]
+        .assert_eq(&rendered(&utf16));
         expect![[r#"
             1 MeshCluster/mn
-        "#]].assert_eq(&rendered(format!("\u{feff}{CLUSTER}  id: 1\r\n").as_bytes()));
+        "#]]
+        .assert_eq(&rendered(format!("\u{feff}{CLUSTER}  id: 1\r\n").as_bytes()));
         expect![[r#"
             line 1 (1): is not YAML: unexpected character: `\u{0}'
-        "#]].assert_eq(&rendered(b"a\0b"));
+        "#]]
+        .assert_eq(&rendered(b"a\0b"));
     }
 
     /// A manifest, cut and mended at random.
@@ -487,7 +628,8 @@ mod tests {
              {ROUTES}  cluster: |\n    mn\n  to: [*a, !!str x]\n  routes: [{{cidr: 10.0.0.0/8, type: Pod}}]\n"
         );
         let length = whole.len();
-        let piece = prop_oneof![any::<Vec<u8>>(), "[-\\[\\]{}:,&*!|>'\"#%@ \n\tab0~?.]{0,12}".prop_map(String::into_bytes)];
+        let piece =
+            prop_oneof![any::<Vec<u8>>(), "[-\\[\\]{}:,&*!|>'\"#%@ \n\tab0~?.]{0,12}".prop_map(String::into_bytes)];
         (0..length, 0..length, piece).prop_map(move |(from, to, piece)| {
             let bytes = whole.as_bytes();
             [&bytes[..from.min(to)], &piece, &bytes[from.max(to)..]].concat()

@@ -104,11 +104,7 @@ impl<'de> Deserializer<'de> for Place<'de, '_> {
         }
     }
 
-    fn deserialize_newtype_struct<V: Visitor<'de>>(
-        self,
-        _name: &'static str,
-        visitor: V,
-    ) -> Result<V::Value, Fault> {
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _name: &'static str, visitor: V) -> Result<V::Value, Fault> {
         self.fill(visitor.visit_newtype_struct(self))
     }
 
@@ -262,9 +258,7 @@ impl de::Error for Fault {
     fn invalid_type(found: Unexpected<'_>, wanted: &dyn Expected) -> Fault {
         let remedy = match (&found, wanted.to_string().as_str()) {
             (Unexpected::Unit, _) => ": give it one or leave the field out",
-            (Unexpected::Bool(_) | Unexpected::Unsigned(_) | Unexpected::Signed(_), "a string") => {
-                ": put it in quotes"
-            }
+            (Unexpected::Bool(_) | Unexpected::Unsigned(_) | Unexpected::Signed(_), "a string") => ": put it in quotes",
             _ => "",
         };
         Fault::new(format!("is {}, must be {}{remedy}", described(&found), wanted_in_words(wanted)))

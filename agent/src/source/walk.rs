@@ -118,7 +118,9 @@ fn root(dir: &Path, tree: &mut Tree) -> Result<(), NotSynced> {
     tree.places.trace(dir);
     let not_synced = |why: &str| NotSynced { dir: dir.clone(), why: why.to_owned() };
     match fs::metadata(dir) {
-        Ok(meta) if !meta.is_dir() => return Err(not_synced("is no directory: give the folder that holds the manifests")),
+        Ok(meta) if !meta.is_dir() => {
+            return Err(not_synced("is no directory: give the folder that holds the manifests"));
+        }
         Ok(meta) if !tree.met.insert((meta.dev(), meta.ino())) => return Ok(()),
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -137,7 +139,9 @@ fn root(dir: &Path, tree: &mut Tree) -> Result<(), NotSynced> {
 fn visit(dir: &Path, depth: usize, tree: &mut Tree) {
     tree.places.add_all(dir);
     let listed = fs::read_dir(dir).and_then(|entries| {
-        entries.map(|entry| Ok((entry.as_ref().map_err(copy)?.file_name(), entry?.file_type()?))).collect::<io::Result<Vec<_>>>()
+        entries
+            .map(|entry| Ok((entry.as_ref().map_err(copy)?.file_name(), entry?.file_type()?)))
+            .collect::<io::Result<Vec<_>>>()
     });
     let mut names = match listed {
         Ok(names) => names,
