@@ -83,6 +83,9 @@ pub enum Route {
     Throw,
     /// Refused with ICMP: nothing leaves in the clear.
     Unreachable,
+    /// Read, never wanted: what somebody else has put there (another metric, a gateway, a second route), to be replaced
+    /// or removed.
+    Other,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
