@@ -326,7 +326,7 @@ mod tests {
         check(
             &format!("{CLUSTER}  id: 1.5\n"),
             expect![[r#"
-            line 5 (1): spec.id: is a number with a fraction or exponent, must be a whole number
+            line 5 (1): spec.id: is a number that is not whole or too large, must be a whole number
         "#]],
         );
         check(
@@ -338,7 +338,7 @@ mod tests {
         check(
             &format!("{CLUSTER}  id: 99999999999999999999\n"),
             expect![[r#"
-            line 5 (1): spec.id: is a number with a fraction or exponent, must be a whole number
+            line 5 (1): spec.id: is a number that is not whole or too large, must be a whole number
         "#]],
         );
         check(
@@ -368,7 +368,7 @@ mod tests {
         check(
             &format!("{CLUSTER}  - {SECRET}\n"),
             expect![[r#"
-            line 5 (1): spec[0]: is a text, must be a whole number
+            line 5 (1): spec: is a list, must be a mapping
         "#]],
         );
         check(
