@@ -1,1 +1,105 @@
-fn main() {}
+//! Carrick's own commands, one file each; this one is their table of contents.
+//!
+//! Invariant: nothing here depends on `agent`. What runs is the `carrick` that was built, as a user would run it.
+
+// A binary has no users: `pub` says what a module offers to its neighbours.
+#![allow(unreachable_pub)]
+
+mod bench;
+mod demo;
+mod lab;
+mod process;
+mod setup;
+mod test;
+mod tidy;
+mod tools;
+mod workspace;
+
+use std::{env, os::unix::process::CommandExt, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+use crate::setup::For;
+
+/// Carrick's own commands.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
+struct Args {
+    /// Installs nothing: says what is missing instead.
+    #[arg(long, global = true)]
+    no_install: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Shows two members talking, on this machine: sets up, builds, runs, cleans up.
+    Demo(demo::Args),
+    /// Gives members of namespaces to try things in by hand.
+    Lab(lab::Args),
+    /// Runs every check: formatting, lints, documentation, licences, unit and law tests, and the lab.
+    Test(test::Args),
+    /// Measures, and compares with budgets.
+    Bench(bench::Args),
+    /// Checks the rules of this tree that no compiler knows.
+    Tidy(tidy::Args),
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(_) if process::interrupted() => ExitCode::from(130),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// True if what was run holds.
+fn run(args: Args) -> anyhow::Result<bool> {
+    look_into_sbin()?;
+    process::pass_on_interrupts()?;
+    let install = !args.no_install;
+    match args.command {
+        Command::Demo(args) => {
+            setup::ensure(For::Demo, install)?;
+            demo::run(&args, &workspace::build_carrick()?)
+        }
+        Command::Lab(args) => {
+            setup::ensure(For::Lab, install)?;
+            lab::run(&args)
+        }
+        Command::Test(args) => {
+            setup::ensure(For::Test, install)?;
+            test::run(&args)
+        }
+        Command::Bench(args) => {
+            setup::ensure(For::Bench, install)?;
+            bench::run(&args, &workspace::build_carrick()?)
+        }
+        Command::Tidy(args) => tidy::run(&args),
+    }
+}
+
+/// Starts again with the sbin folders in PATH where they are missing, as in a shell of Debian's `su`: `nft` is there.
+fn look_into_sbin() -> anyhow::Result<()> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<_> = env::split_paths(&path).collect();
+    let known = folders.len();
+    for sbin in ["/usr/sbin", "/sbin"] {
+        if !folders.iter().any(|folder| folder.as_os_str() == sbin) {
+            folders.push(sbin.into());
+        }
+    }
+    if folders.len() == known {
+        return Ok(());
+    }
+    let error = std::process::Command::new(env::current_exe()?)
+        .args(env::args_os().skip(1))
+        .env("PATH", env::join_paths(folders)?)
+        .exec();
+    Err(error.into())
+}

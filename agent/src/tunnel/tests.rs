@@ -595,7 +595,7 @@ fn prefixes_are_owned_as_in_the_kernel() {
 }
 
 #[test]
-fn the_machine_must_have_a_tun_and_the_right_to_use_it() {
+fn the_machine_must_have_a_tun() {
     let missing = PathBuf::from("/nonexistent/tun");
     assert!(
         tun::check_node(&missing)
@@ -605,8 +605,4 @@ fn the_machine_must_have_a_tun_and_the_right_to_use_it() {
     );
     assert!(tun::check_node(Path::new("/etc/passwd")).unwrap_err().to_string().contains("no character device"));
     assert!(tun::check_node(Path::new(TUN_NODE)).is_ok());
-    assert!(has_net_admin("Name:\tx\nCapEff:\t000001ffffffffff\n"));
-    assert!(has_net_admin("CapEff:\t0000000000001000\n"));
-    assert!(!has_net_admin("CapPrm:\t0000000000001000\nCapEff:\t0000000000000fff\n"));
-    assert!(!has_net_admin("CapEff:\tx\n") && !has_net_admin(""));
 }

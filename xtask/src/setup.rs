@@ -1,0 +1,352 @@
+//! What this machine needs before a command runs, and how it gets it.
+//!
+//! [`plan`] decides, from values; [`ensure`] looks and acts. Invariant: packages are installed without asking only on
+//! what was tried, Debian 12 as root; everywhere else one message names everything that is missing, and nothing is changed.
+
+use std::{
+    env, fmt, fs,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, bail};
+
+use crate::tools::{self, Tool};
+
+#[cfg(test)]
+mod tests;
+
+/// The commands that need something of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum For {
+    Demo,
+    Test,
+    Lab,
+    Bench,
+}
+
+impl fmt::Display for For {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            For::Demo => "demo",
+            For::Test => "test",
+            For::Lab => "lab",
+            For::Bench => "bench",
+        })
+    }
+}
+
+/// What is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum What {
+    /// Effective uid 0.
+    Root,
+    /// Network and mount namespaces may be made.
+    Namespaces,
+    /// A program in PATH or an sbin folder.
+    Program(&'static str),
+    File(&'static str),
+    /// A component of the active rustup toolchain, and the program that it brings.
+    Component(&'static str, &'static str),
+    /// A Go toolchain, or a Python that can fetch one.
+    GoOrVenv,
+    Go,
+    Built(&'static Tool),
+}
+
+/// One line of [`NEEDS`].
+#[derive(Debug)]
+pub struct Need {
+    pub what: What,
+    /// The package that brings it: Debian's, Fedora's, Arch's name.
+    pub packages: Option<[&'static str; 3]>,
+    pub purpose: &'static str,
+    pub by: &'static [For],
+}
+
+const LAB: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench];
+
+/// Everything, in the order in which it is got.
+pub const NEEDS: &[Need] = &[
+    Need { what: What::Root, packages: None, purpose: "makes network namespaces and TUN devices", by: LAB },
+    Need { what: What::Namespaces, packages: None, purpose: "nodes of the lab are namespaces", by: LAB },
+    Need { what: What::File("/dev/net/tun"), packages: None, purpose: "userspace WireGuard devices", by: LAB },
+    Need {
+        what: What::Program("cc"),
+        packages: Some(["gcc", "gcc", "gcc"]),
+        purpose: "compiles and links ring, the cryptography",
+        by: LAB,
+    },
+    Need {
+        what: What::File("/usr/include/stdio.h"),
+        packages: Some(["libc6-dev", "glibc-devel", "glibc"]),
+        purpose: "compiles and links ring, the cryptography",
+        by: LAB,
+    },
+    Need {
+        what: What::Program("nft"),
+        packages: Some(["nftables", "nftables", "nftables"]),
+        purpose: "the agent's identity NAT; the lab's masquerading and NAT routers",
+        by: LAB,
+    },
+    Need {
+        what: What::Program("ip"),
+        packages: Some(["iproute2", "iproute", "iproute2"]),
+        purpose: "links, addresses and routes of the lab",
+        by: LAB,
+    },
+    Need {
+        what: What::Program("ping"),
+        packages: Some(["iputils-ping", "iputils", "iputils"]),
+        purpose: "shows that pods reach each other",
+        by: LAB,
+    },
+    Need {
+        what: What::Program("wg"),
+        packages: Some(["wireguard-tools", "wireguard-tools", "wireguard-tools"]),
+        purpose: "shows our devices; configures the implementations we are measured against",
+        by: LAB,
+    },
+    Need { what: What::Component("rustfmt", "rustfmt"), packages: None, purpose: "the fmt check", by: &[For::Test] },
+    Need {
+        what: What::Component("clippy", "cargo-clippy"),
+        packages: None,
+        purpose: "the clippy check",
+        by: &[For::Test],
+    },
+    Need {
+        what: What::GoOrVenv,
+        packages: Some(["python3-venv", "python3", "python"]),
+        purpose: "fetches Go, where none >= 1.26 is in PATH",
+        by: &[For::Bench],
+    },
+    Need { what: What::Go, packages: None, purpose: "builds wireguard-go", by: &[For::Bench] },
+    Need { what: What::Built(&tools::CARGO_DENY), packages: None, purpose: "the licence check", by: &[For::Test] },
+    Need { what: What::Built(&tools::GOTATUN), packages: None, purpose: "is measured", by: &[For::Bench] },
+    Need { what: What::Built(&tools::BORINGTUN), packages: None, purpose: "is measured", by: &[For::Bench] },
+    Need { what: What::Built(&tools::WIREGUARD_GO), packages: None, purpose: "is measured", by: &[For::Bench] },
+];
+
+/// The fields of os-release(5) that we judge by.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Os {
+    pub id: String,
+    pub version_id: String,
+    pub id_like: String,
+    pub pretty_name: String,
+}
+
+impl Os {
+    fn parse(os_release: &str) -> Os {
+        let field = |name: &str| {
+            let value = os_release.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            value.unwrap_or_default().trim_matches(['"', '\'']).to_owned()
+        };
+        Os {
+            id: field("ID"),
+            version_id: field("VERSION_ID"),
+            id_like: field("ID_LIKE"),
+            pretty_name: field("PRETTY_NAME"),
+        }
+    }
+
+    fn was_tried(&self) -> bool {
+        self.id == "debian" && self.version_id == "12"
+    }
+
+    fn is(&self, family: &[&str]) -> bool {
+        family.iter().any(|id| self.id == *id || self.id_like.split(' ').any(|like| like == *id))
+    }
+}
+
+/// What is to be done before the command runs.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Plan {
+    Ready,
+    /// These, in this order.
+    Install(Vec<Action>),
+    /// Nothing is changed; the user is told this.
+    Refuse(String),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum Action {
+    Apt(Vec<&'static str>),
+    Rustup(Vec<&'static str>),
+    FetchGo,
+    Build(&'static Tool),
+}
+
+/// Decides from what is missing, who we are and where. Pure.
+pub fn plan(command: For, missing: &[&Need], os: &Os) -> Plan {
+    if missing.is_empty() {
+        return Plan::Ready;
+    }
+    let root = !missing.iter().any(|need| need.what == What::Root);
+    // A package can be had by root on Debian 12; the other three cannot be had by a program at all.
+    let beyond_us = |need: &&Need| match need.what {
+        What::Root | What::Namespaces => true,
+        What::File(_) | What::Program(_) | What::GoOrVenv => need.packages.is_none() || !root || !os.was_tried(),
+        What::Component(..) | What::Go | What::Built(_) => false,
+    };
+    if missing.iter().any(beyond_us) {
+        return Plan::Refuse(message(command, missing, root, os));
+    }
+    let mut actions = Vec::new();
+    let packages = packages(missing, 0);
+    if !packages.is_empty() {
+        actions.push(Action::Apt(packages));
+    }
+    let components = components(missing);
+    if !components.is_empty() {
+        actions.push(Action::Rustup(components));
+    }
+    actions.extend(missing.iter().filter_map(|need| match need.what {
+        What::Go => Some(Action::FetchGo),
+        What::Built(tool) => Some(Action::Build(tool)),
+        _ => None,
+    }));
+    Plan::Install(actions)
+}
+
+fn packages(missing: &[&Need], family: usize) -> Vec<&'static str> {
+    missing.iter().filter_map(|need| Some(need.packages?[family])).collect()
+}
+
+fn components(missing: &[&Need]) -> Vec<&'static str> {
+    missing.iter().filter_map(|need| if let What::Component(name, _) = need.what { Some(name) } else { None }).collect()
+}
+
+/// Everything that is missing, each with its purpose, and the line to paste.
+fn message(command: For, missing: &[&Need], root: bool, os: &Os) -> String {
+    let mut text = String::from("missing on this machine:\n");
+    for need in missing {
+        let ours =
+            if matches!(need.what, What::Go | What::Built(_)) { "; xtask gets it itself, into its cache" } else { "" };
+        text += &format!("  {:<28} {}{ours}\n", describe(need.what), need.purpose);
+    }
+    let mut lines = lines_to_paste(missing, root, os);
+    if !root {
+        lines.push(format!("sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask {command}"));
+    }
+    if !lines.is_empty() {
+        text += &format!("paste this line:\n  {}\n", lines.join(" && "));
+    }
+    if !root && command == For::Test {
+        text += "without root: cargo test -p agent\n";
+    }
+    if missing.iter().any(|need| need.what == What::Namespaces) {
+        text += "making namespaces is forbidden here (a container?): it needs CAP_SYS_ADMIN and CAP_NET_ADMIN\n";
+    }
+    if !os.was_tried() {
+        let name = if os.pretty_name.is_empty() { "this system" } else { &os.pretty_name };
+        text += &format!("only Debian 12 was tried, {name} was not\n");
+    }
+    text
+}
+
+fn describe(what: What) -> String {
+    match what {
+        What::Root => "root".to_owned(),
+        What::Namespaces => "namespaces".to_owned(),
+        What::Program(name) | What::File(name) => name.to_owned(),
+        What::Component(name, _) => format!("rustup component {name}"),
+        What::GoOrVenv => "go >= 1.26, or python3 venv".to_owned(),
+        What::Go => "go >= 1.26".to_owned(),
+        What::Built(tool) => tool.name().to_owned(),
+    }
+}
+
+fn lines_to_paste(missing: &[&Need], root: bool, os: &Os) -> Vec<String> {
+    let sudo = if root { "" } else { "sudo " };
+    let managers: [(&[&str], &str); 3] = [
+        (&["debian", "ubuntu"], "apt-get install -y --no-install-recommends"),
+        (&["fedora", "rhel", "centos"], "dnf install -y"),
+        (&["arch"], "pacman -S --needed"),
+    ];
+    let mut lines = Vec::new();
+    if missing.iter().any(|need| need.what == What::File("/dev/net/tun")) {
+        lines.push(format!("{sudo}modprobe tun"));
+    }
+    // An unknown distribution is told Debian's names, which are also the most usual ones.
+    let family = managers.iter().position(|(ids, _)| os.is(ids)).unwrap_or(0);
+    let packages = packages(missing, family);
+    if !packages.is_empty() {
+        if family == 0 {
+            lines.push(format!("{sudo}apt-get update"));
+        }
+        lines.push(format!("{sudo}{} {}", managers[family].1, packages.join(" ")));
+    }
+    let components = components(missing);
+    if !components.is_empty() {
+        lines.push(format!("rustup component add {}", components.join(" ")));
+    }
+    lines
+}
+
+/// Makes sure that `command` finds what it needs. With `install` false nothing is changed.
+///
+/// An error says everything that is missing and how to get it.
+pub fn ensure(command: For, install: bool) -> anyhow::Result<()> {
+    let os = Os::parse(&fs::read_to_string("/etc/os-release").unwrap_or_default());
+    let missing: Vec<&Need> =
+        NEEDS.iter().filter(|need| need.by.contains(&command)).filter(|need| !is_there(need.what)).collect();
+    match plan(command, &missing, &os) {
+        Plan::Ready => Ok(()),
+        Plan::Refuse(message) => bail!("{}", message.trim_end()),
+        Plan::Install(_) if !install => bail!("{}", message(command, &missing, true, &os).trim_end()),
+        Plan::Install(actions) => actions.iter().try_for_each(perform),
+    }
+}
+
+fn perform(action: &Action) -> anyhow::Result<()> {
+    match action {
+        Action::Apt(packages) => {
+            let apt = || {
+                let mut command = Command::new("apt-get");
+                command.env("DEBIAN_FRONTEND", "noninteractive");
+                command
+            };
+            tools::install("apt-get update", apt().arg("update"))?;
+            let name = format!("apt-get install {}", packages.join(" "));
+            tools::install(&name, apt().args(["install", "-y", "--no-install-recommends"]).args(packages))
+        }
+        Action::Rustup(components) => {
+            let name = format!("rustup component add {}", components.join(" "));
+            tools::install(&name, Command::new("rustup").args(["component", "add"]).args(components))
+        }
+        Action::FetchGo => tools::install_go(),
+        Action::Build(tool) => tool.build(),
+    }
+    .context("cannot set up this machine")
+}
+
+fn is_there(what: What) -> bool {
+    match what {
+        What::Root => nix::unistd::geteuid().is_root(),
+        // A user may make none, and is told so by the line about root.
+        What::Namespaces => {
+            !nix::unistd::geteuid().is_root() || succeeds(Command::new("unshare").args(["--net", "--mount", "true"]))
+        }
+        What::Program(name) => find_program(name),
+        // rustup leaves a stand-in for each program in PATH, also where the component is not installed.
+        What::Component(_, program) => succeeds(Command::new(program).arg("--version")),
+        What::File(path) => Path::new(path).exists(),
+        What::GoOrVenv => tools::go().is_some() || succeeds(Command::new("python3").args(["-c", "import ensurepip"])),
+        What::Go => tools::go().is_some(),
+        What::Built(tool) => tool.is_built(),
+    }
+}
+
+fn succeeds(command: &mut Command) -> bool {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+fn find_program(name: &str) -> bool {
+    env::split_paths(&env::var_os("PATH").unwrap_or_default()).any(|folder| folder.join(name).is_file())
+}

