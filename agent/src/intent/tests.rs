@@ -6,7 +6,7 @@ mod laws;
 use std::fmt::Write;
 
 use expect_test::{Expect, ExpectFile, expect, expect_file};
-use kube::core::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::*;
 use crate::api::*;
