@@ -1,1 +1,3 @@
-fn main() {}
+//! Everything that is tested with namespaces, programs or servers: one binary. Needs root.
+
+mod lab;

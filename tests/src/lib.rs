@@ -1,1 +1,32 @@
-//! l
+//! The lab: an internet, NAT routers, nodes and pods, each a network namespace of this machine.
+//!
+//! It runs the built `carrick` as a user would and depends on neither the agent nor kube, so that the demo, the
+//! benchmarks and the tests share it. Everything needs root.
+//!
+//! - [`member`]: what a member is, and which addresses its parts get: pure data.
+//! - [`topology`]: builds it: [`Lab`], [`Node`], [`Pod`].
+//! - [`host`]: one machine of the lab: runs closures and programs inside its namespaces.
+//! - [`guard`]: the life of a lab: however its maker ends, nothing of it stays behind.
+//! - [`carrick`] and [`mesh`]: the program under test, and the folder of manifests that it reads.
+//! - [`traffic`] and [`capture`]: numbered UDP, TCP throughput, HTTP, ping; and what passed on an interface.
+//!
+//! Invariants: nothing ever appears in the machine's own network namespace, so parallel labs cannot collide; every
+//! process of a lab carries its mark; every file of a lab lies in its one directory.
+
+pub mod capture;
+pub mod carrick;
+pub mod guard;
+pub mod host;
+pub mod member;
+pub mod mesh;
+mod sys;
+pub mod topology;
+pub mod traffic;
+pub mod wait;
+
+pub use carrick::Carrick;
+pub use host::{Host, Process};
+pub use member::Member;
+pub use mesh::Mesh;
+pub use topology::{Lab, Node, Pod};
+pub use wait::wait_for;

@@ -1,0 +1,222 @@
+//! The life of a lab: its name, its directory, its processes, and its end.
+//!
+//! Invariant: when the process that made a lab ends, in whatever way (also SIGKILL), the lab ends: no process, namespace,
+//! link or file of it stays. A small shell beside the lab holds this up. It sees its input end once the maker and every
+//! child that the maker has forked but not yet started are gone; then it kills whatever carries the lab's mark in its
+//! environment and removes the lab's directory. Links and namespaces go with the last process in them.
+//! An orderly end takes the same way.
+
+use std::{
+    fs,
+    io::Write,
+    os::unix::{fs::DirBuilderExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+/// The environment variable that marks the processes of a lab; its value is the lab's name.
+pub const MARK: &str = "CARRICK_LAB";
+
+/// Where labs keep their files, one directory each. Only root can write to /run.
+const ROOT: &str = "/run/carrick-lab";
+
+/// Arguments: the mark with its value, the directory.
+const SWEEP: &str = r#"
+trap '' INT TERM HUP
+read -r word && [ "$word" = keep ] && exit 0
+while
+    pids=$(grep -lzxF -e "$1" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3)
+    [ -n "$pids" ]
+do
+    kill -9 $pids 2>/dev/null
+    sleep 0.01
+done
+rm -rf "$2"
+"#;
+
+/// A lab that is alive. Shared by everything that starts processes in it.
+#[derive(Debug)]
+pub struct Guard {
+    name: String,
+    dir: PathBuf,
+    /// `None` once the lab has ended or was kept: nothing can be started any more.
+    sweeper: Mutex<Option<Sweeper>>,
+}
+
+#[derive(Debug)]
+struct Sweeper {
+    child: Child,
+    /// Its end is what the sweeper waits for.
+    input: ChildStdin,
+}
+
+/// What `lab list` and `lab enter` need to know, kept in the lab's directory.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Record {
+    pub name: String,
+    pub hosts: Vec<HostRecord>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HostRecord {
+    pub name: String,
+    /// A process that lives in the host's namespaces as long as the lab does.
+    pub pid: u32,
+    /// In CIDR notation.
+    pub addresses: Vec<String>,
+}
+
+impl Guard {
+    /// Begins a lab. `name` gets a suffix that no other lab has; [`Guard::named`] takes it as it is.
+    pub fn unique(name: &str) -> Result<Arc<Guard>> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        loop {
+            let unique = format!("{name}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+            if !Path::new(ROOT).join(&unique).exists() {
+                return Guard::named(&unique);
+            }
+        }
+    }
+
+    /// Begins a lab of exactly that name: letters, digits, '-' and '_'. Fails if there is one.
+    pub fn named(name: &str) -> Result<Arc<Guard>> {
+        ensure!(nix::unistd::geteuid().is_root(), "the lab makes network namespaces: run it as root");
+        let dir = directory(name)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(ROOT).with_context(|| format!("mkdir {ROOT}"))?;
+        // The sweeper comes first: from here on, everything is cleaned up. It must not remove another lab's directory.
+        ensure!(!dir.exists(), "a lab named {name} exists: cargo xtask lab down {name}");
+        let mut child = sweep(name, &dir).stdin(Stdio::piped()).spawn().context("sh")?;
+        let input = child.stdin.take().context("the sweeper has no input")?;
+        let guard = Guard { name: name.to_owned(), dir, sweeper: Mutex::new(Some(Sweeper { child, input })) };
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&guard.dir)
+            .with_context(|| format!("mkdir {}", guard.dir.display()))?;
+        Ok(Arc::new(guard))
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where all files of the lab lie.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Starts a process that ends with the lab: marked, and in a process group of its own, so that a Ctrl-C reaches only
+    /// the maker, which then ends the lab in order. The caller waits for it.
+    #[allow(clippy::zombie_processes)]
+    pub fn spawn(&self, command: &mut Command) -> Result<Child> {
+        let sweeper = self.lock();
+        ensure!(sweeper.is_some(), "the lab {} has ended", self.name);
+        command.env(MARK, &self.name).process_group(0);
+        command.spawn().with_context(|| format!("{command:?}"))
+    }
+
+    /// Ends the lab and returns when nothing of it is left. Nothing can be started afterwards. Harmless when repeated.
+    pub fn end(&self) -> Result<()> {
+        let Some(Sweeper { mut child, input }) = self.lock().take() else { return Ok(()) };
+        drop(input);
+        let status = child.wait().context("wait for the sweeper")?;
+        ensure!(status.success(), "the sweeper of lab {} ended with {status}: cargo xtask lab down {0}", self.name);
+        Ok(())
+    }
+
+    /// Lets the lab outlive this process, until [`down`].
+    pub fn keep(&self) -> Result<()> {
+        let Some(Sweeper { mut child, mut input }) = self.lock().take() else {
+            bail!("the lab {} has ended", self.name)
+        };
+        input.write_all(b"keep\n").context("tell the sweeper to keep the lab")?;
+        let status = child.wait().context("wait for the sweeper")?;
+        ensure!(status.success(), "the sweeper ended with {status}");
+        Ok(())
+    }
+
+    /// Writes down what [`list`] returns.
+    pub fn record(&self, hosts: Vec<HostRecord>) -> Result<()> {
+        let record = Record { name: self.name.clone(), hosts };
+        let path = self.dir.join("lab.json");
+        fs::write(&path, serde_json::to_vec_pretty(&record)?).with_context(|| format!("write {}", path.display()))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Sweeper>> {
+        self.sweeper.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// The labs that there are, by name: kept ones, and those of running tests.
+pub fn list() -> Result<Vec<Record>> {
+    let Ok(entries) = fs::read_dir(ROOT) else { return Ok(Vec::new()) };
+    let mut labs = Vec::new();
+    for entry in entries {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        labs.push(load(&name)?);
+    }
+    labs.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(labs)
+}
+
+/// The lab of that name; without hosts while it is still being made.
+pub fn load(name: &str) -> Result<Record> {
+    let dir = directory(name)?;
+    ensure!(dir.exists(), "there is no lab named {name}: cargo xtask lab list");
+    match fs::read(dir.join("lab.json")) {
+        Ok(text) => serde_json::from_slice(&text).with_context(|| format!("{}/lab.json", dir.display())),
+        Err(_) => Ok(Record { name: name.to_owned(), hosts: Vec::new() }),
+    }
+}
+
+/// Ends the lab of that name, whoever made it.
+pub fn down(name: &str) -> Result<()> {
+    let dir = directory(name)?;
+    ensure!(dir.exists(), "there is no lab named {name}: cargo xtask lab list");
+    let status = sweep(name, &dir).stdin(Stdio::null()).status().context("sh")?;
+    ensure!(status.success(), "the sweeper of lab {name} ended with {status}");
+    Ok(())
+}
+
+/// Processes of that lab, by id. Empty once it has ended.
+pub fn processes(name: &str) -> Result<Vec<u32>> {
+    let mark = format!("{MARK}={name}");
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // A process may end while we look: then it is none of the lab's.
+        let environ = fs::read(entry.path().join("environ")).unwrap_or_default();
+        if environ.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes()) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
+fn sweep(name: &str, dir: &Path) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", SWEEP, "sweep"]).arg(format!("{MARK}={name}")).arg(dir);
+    command.env_remove(MARK).current_dir("/").process_group(0).stdout(Stdio::null());
+    command
+}
+
+fn directory(name: &str) -> Result<PathBuf> {
+    let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    ensure!(!name.is_empty() && name.chars().all(good), "lab name {name:?}: use letters, digits, '-' and '_'");
+    Ok(Path::new(ROOT).join(name))
+}

@@ -1,0 +1,143 @@
+//! What a member of the lab is, and which addresses its parts get. Pure data.
+//!
+//! | what | IPv4 | IPv6 |
+//! |---|---|---|
+//! | site s with public addresses | 203.0.113.(16 s)/28, gateway first | 2001:db8:(s + 1)::/64 |
+//! | site s behind NAT, inside | 192.168.(s + 1).0/24 | 2001:db8:(s + 1)::/64, behind a stateful firewall |
+//! | its router's uplink | 198.51.100.(4 s)/30 | 2001:db8:ff:s::/64 |
+//! | pods of node n | the n-th /24 of the member's range | the n-th /64 |
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use anyhow::{Context, Result, ensure};
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+
+/// The documentation ranges (RFC 5737) hold this many sites of the sizes above.
+pub const MAX_MEMBERS: usize = 16;
+/// A /28 without its network, gateway and broadcast addresses.
+pub const MAX_NODES: u8 = 13;
+
+/// A member cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// A DNS label.
+    pub name: String,
+    /// 1 to 4095.
+    pub id: u16,
+    /// At least a /24 for each node.
+    pub pods: Ipv4Network,
+    /// At least a /64 for each node.
+    pub pods6: Option<Ipv6Network>,
+    /// Further ranges that it may claim, beside its pods'.
+    pub allowed: Vec<IpNetwork>,
+    /// Its nodes sit behind a router that masquerades and lets nothing unsolicited in: it has no endpoint.
+    pub behind_nat: bool,
+    /// 1 to [`MAX_NODES`].
+    pub nodes: u8,
+    pub cni: Cni,
+}
+
+/// What a cluster's network plugin does on its nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cni {
+    /// As flannel: a bridge, and what leaves the pod range is masqueraded.
+    Bridge,
+}
+
+impl Member {
+    /// A member with one node at a public address.
+    pub fn new(name: &str, id: u16, pods: Ipv4Network) -> Member {
+        let name = name.to_owned();
+        Member { name, id, pods, pods6: None, allowed: Vec::new(), behind_nat: false, nodes: 1, cni: Cni::Bridge }
+    }
+
+    /// `mn` at a public address and `va` behind NAT, as in the demo.
+    pub fn pair() -> [Member; 2] {
+        let range = |second, third| Ipv6Network::new_checked(Ipv6Addr::new(0xfd00, second, third, 0, 0, 0, 0, 0), 48);
+        let pods = |second| Ipv4Network::new_checked(Ipv4Addr::new(10, second, 0, 0), 16);
+        let member = |name, id, second, behind_nat| Member {
+            pods6: range(0x10, u16::from(second)),
+            behind_nat,
+            ..Member::new(name, id, pods(second).expect("16 is a prefix length"))
+        };
+        [member("mn", 1, 42, false), member("va", 2, 44, true)]
+    }
+
+    /// Its pod ranges, both families.
+    pub fn pod_ranges(&self) -> Vec<IpNetwork> {
+        [Some(IpNetwork::V4(self.pods)), self.pods6.map(IpNetwork::V6)].into_iter().flatten().collect()
+    }
+
+    /// What it may claim.
+    pub fn allowed_ranges(&self) -> Vec<IpNetwork> {
+        [self.pod_ranges(), self.allowed.clone()].concat()
+    }
+
+    /// The pod ranges of its node number `n`, from 0.
+    pub fn node_pods(&self, n: u8) -> Result<Vec<IpNetwork>> {
+        ensure!(self.pods.prefix() <= 16, "{}: pods {}: a /16 or wider", self.name, self.pods);
+        let v4 = Ipv4Addr::from(u32::from(self.pods.network()) + (u32::from(n) << 8));
+        let mut ranges = vec![IpNetwork::new(v4.into(), 24)?];
+        if let Some(pods6) = self.pods6 {
+            ensure!(pods6.prefix() <= 56, "{}: pods6 {pods6}: a /56 or wider", self.name);
+            let v6 = Ipv6Addr::from(u128::from(pods6.network()) + (u128::from(n) << 64));
+            ranges.push(IpNetwork::new(v6.into(), 64)?);
+        }
+        Ok(ranges)
+    }
+}
+
+/// Where a member sits: the addresses of the network that its nodes share. Each address comes with its network's length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// Of the nodes' default router.
+    pub gateway: [IpNetwork; 2],
+    pub nodes: Vec<[IpNetwork; 2]>,
+    /// Behind NAT: between the site's router and the internet.
+    pub uplink: Option<Uplink>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Uplink {
+    pub internet: [IpNetwork; 2],
+    pub router: [IpNetwork; 2],
+}
+
+impl Site {
+    /// The site of the member at place `index` of the lab, from 0.
+    pub fn of(member: &Member, index: usize) -> Result<Site> {
+        ensure!(index < MAX_MEMBERS, "a lab has at most {MAX_MEMBERS} members");
+        ensure!((1..=MAX_NODES).contains(&member.nodes), "{}: 1 to {MAX_NODES} nodes", member.name);
+        let s = u8::try_from(index).context("index")?;
+        let v4 = if member.behind_nat {
+            Ipv4Network::new(Ipv4Addr::new(192, 168, s + 1, 0), 24)?
+        } else {
+            Ipv4Network::new(Ipv4Addr::new(203, 0, 113, 16 * s), 28)?
+        };
+        let v6 = Ipv6Network::new(Ipv6Addr::new(0x2001, 0xdb8, u16::from(s) + 1, 0, 0, 0, 0, 0), 64)?;
+        let uplink4 = Ipv4Network::new(Ipv4Addr::new(198, 51, 100, 4 * s), 30)?;
+        let uplink6 = Ipv6Network::new(Ipv6Addr::new(0x2001, 0xdb8, 0xff, s.into(), 0, 0, 0, 0), 64)?;
+        Ok(Site {
+            gateway: pair(v4, v6, 1)?,
+            nodes: (0..member.nodes).map(|n| pair(v4, v6, n + 2)).collect::<Result<_>>()?,
+            uplink: match member.behind_nat {
+                true => Some(Uplink { internet: pair(uplink4, uplink6, 1)?, router: pair(uplink4, uplink6, 2)? }),
+                false => None,
+            },
+        })
+    }
+}
+
+/// The `n`-th address of each network.
+fn pair(v4: Ipv4Network, v6: Ipv6Network, n: u8) -> Result<[IpNetwork; 2]> {
+    Ok([nth(v4.into(), n)?, nth(v6.into(), n)?])
+}
+
+/// The `n`-th address of a network, with the network's length.
+pub fn nth(network: IpNetwork, n: u8) -> Result<IpNetwork> {
+    let ip = match network {
+        IpNetwork::V4(v4) => IpAddr::from(Ipv4Addr::from(u32::from(v4.network()) + u32::from(n))),
+        IpNetwork::V6(v6) => IpAddr::from(Ipv6Addr::from(u128::from(v6.network()) + u128::from(n))),
+    };
+    IpNetwork::new(ip, network.prefix()).with_context(|| format!("address {n} of {network}"))
+}
