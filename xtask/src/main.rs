@@ -59,11 +59,11 @@ fn run(args: Args) -> anyhow::Result<bool> {
     let install = !args.no_install;
     match args.command {
         Command::Test(args) => {
-            setup::ensure(For::Test, install)?;
+            setup::provide(For::Test, install)?;
             test::run(&args)
         }
         Command::Bench(args) => {
-            setup::ensure(For::Bench, install)?;
+            setup::provide(For::Bench, install)?;
             bench::run(&args, &workspace::build_carrick()?)
         }
         Command::Tidy(args) => tidy::run(&args),
