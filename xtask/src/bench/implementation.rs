@@ -119,7 +119,7 @@ fn configure(name: &str, tunnel: &mut Process, end: &End, other: &End) -> Result
 
 /// Ours in a mesh of so many `members`, of which two exist; all have gateways 0 and 1, so there are two devices.
 pub fn start_ours(ends: &Ends, carrick: &Path, members: usize) -> Result<Running> {
-    let folder = ends.guard.dir().join(format!("mesh-{members}"));
+    let folder = ends.guard.dir().join("mesh");
     fs::create_dir_all(&folder).with_context(|| format!("mkdir {}", folder.display()))?;
     let path = folder.join("mesh.yaml");
     fs::write(&path, manifests(&ends.ends, members)).with_context(|| format!("write {}", path.display()))?;

@@ -38,12 +38,11 @@ pub struct Args {
 
 /// Measures and prints; true if every budget holds.
 pub fn run(args: &Args, carrick: &Path) -> Result<bool> {
-    let ends = Ends::new()?;
     let duration = Duration::from_secs(args.seconds);
     let mut samples: BTreeMap<&str, Samples> = BTreeMap::new();
     for round in 1..=args.rounds {
         for implementation in chosen(args) {
-            let sample = measure(implementation, &ends, carrick, duration).with_context(|| implementation.name)?;
+            let sample = measure(implementation, carrick, duration).with_context(|| implementation.name)?;
             eprintln!("round {round} of {}: {:<12} {sample}", args.rounds, implementation.name);
             samples.entry(implementation.name).or_default().0.push(sample);
         }
@@ -55,7 +54,7 @@ pub fn run(args: &Args, carrick: &Path) -> Result<bool> {
     results.extend(ratios(&samples));
     if args.only.is_empty() {
         for (peers, limit) in MEMORY {
-            results.push(memory(&ends, carrick, peers, limit)?);
+            results.push(memory(carrick, peers, limit)?);
         }
     }
     report::print(&results, args.output);
@@ -81,9 +80,11 @@ impl std::fmt::Display for Sample {
     }
 }
 
-fn measure(implementation: &Implementation, ends: &Ends, carrick: &Path, duration: Duration) -> Result<Sample> {
+/// On two new nodes: nothing of the one before is left there.
+fn measure(implementation: &Implementation, carrick: &Path, duration: Duration) -> Result<Sample> {
     check_interrupted()?;
-    let running = implementation.start(ends, carrick)?;
+    let ends = Ends::new()?;
+    let running = implementation.start(&ends, carrick)?;
     let pids = running.pids();
     let [there, back] = ends.both_ways().map(|(from, to)| {
         check_interrupted()?;
@@ -145,10 +146,11 @@ fn ratios(samples: &BTreeMap<&str, Samples>) -> Vec<Measured> {
 }
 
 /// The peak memory of a tunnel whose two devices have so many peers each, of which one carries a second of traffic.
-fn memory(ends: &Ends, carrick: &Path, peers: usize, limit: Option<f64>) -> Result<Measured> {
+fn memory(carrick: &Path, peers: usize, limit: Option<f64>) -> Result<Measured> {
     check_interrupted()?;
     eprintln!("memory with two devices of {peers} peers ...");
-    let running = start_ours(ends, carrick, peers + 1)?;
+    let ends = Ends::new()?;
+    let running = start_ours(&ends, carrick, peers + 1)?;
     let [a, b] = &ends.ends;
     for device in ["carrick-wg0", "carrick-wg1"] {
         wait_for(&format!("{peers} peers on {device}"), Duration::from_secs(60), || {
