@@ -62,11 +62,11 @@ fn run(args: Args) -> anyhow::Result<bool> {
     let install = !args.no_install;
     match args.command {
         Command::Test(args) => {
-            setup::provide(For::Test, install)?;
+            setup::ensure(For::Test, install)?;
             test::run(&args)
         }
         Command::Bench(args) => {
-            setup::provide(For::Bench, install)?;
+            setup::ensure(For::Bench, install)?;
             bench::run(&args, &workspace::build_carrick()?)
         }
         Command::Tidy(args) => tidy::run(&args),

@@ -1,6 +1,6 @@
 //! What this machine needs before a command runs, and how it gets it.
 //!
-//! [`plan`] decides, from values; [`provide`] looks and acts. Invariant: packages are installed without asking only on
+//! [`plan`] decides, from values; [`ensure`] looks and acts. Invariant: packages are installed without asking only on
 //! what was tried, Debian 12 as root; everywhere else one message names everything that is missing, and nothing is changed.
 
 use std::{
@@ -287,7 +287,7 @@ fn lines_to_paste(missing: &[&Need], root: bool, os: &Os) -> Vec<String> {
 /// Makes sure that `command` finds what it needs. With `install` false nothing is changed.
 ///
 /// An error says everything that is missing and how to get it.
-pub fn provide(command: For, install: bool) -> anyhow::Result<()> {
+pub fn ensure(command: For, install: bool) -> anyhow::Result<()> {
     let os = Os::parse(&fs::read_to_string("/etc/os-release").unwrap_or_default());
     let missing = missing_for(command);
     match plan(command, &missing, &os) {
