@@ -1,8 +1,220 @@
-//! The diff.
+//! From the state that is to the state that is wanted, as a list of steps.
+//!
+//! The order is part of the contract, make before break: devices, then peers with the prefixes they gain (the kernel
+//! moves a prefix in one step), then nft, rules and routes; only then is anything taken away, in the opposite order.
+//! So a prefix that keeps its route never lacks a peer in between, and a forwarded packet that loses its route meets
+//! the `unreachable` twin, never the cluster's own default route.
 
-use crate::state::{Op, State};
+use std::collections::{BTreeMap, BTreeSet};
 
+use ipnetwork::IpNetwork;
+
+use crate::{
+    keys::PublicKey,
+    names::{Device, Table},
+    state::{Nft, Op, Peer, State},
+};
+
+/// The steps from `actual` to `desired`; empty when nothing has to change. Sorted by [`Op::is_break`].
 pub fn diff(desired: &State, actual: &State) -> Vec<Op> {
-    let _ = (desired, actual);
-    todo!()
+    let mut ops = Vec::new();
+    make_devices(desired, actual, &mut ops);
+    make_peers(desired, actual, &mut ops);
+    let grown = union(desired.nft.as_ref(), actual.nft.as_ref());
+    if let (Some(grown), true) = (&grown, grown != actual.nft && desired.nft.is_some()) {
+        ops.push(Op::GrowNft(grown.clone()));
+    }
+    ops.extend(desired.rules.difference(&actual.rules).map(|rule| Op::AddRule(*rule)));
+    make_routes(desired, actual, &mut ops);
+
+    break_routes(desired, actual, &mut ops);
+    ops.extend(actual.rules.difference(&desired.rules).map(|rule| Op::DelRule(*rule)));
+    if grown != desired.nft {
+        ops.push(Op::ShrinkNft(desired.nft.clone()));
+    }
+    break_peers(desired, actual, &mut ops);
+    let ours: BTreeSet<Device> = actual.links.keys().chain(actual.wireguard.keys()).copied().collect();
+    let stale = ours.into_iter().filter(|device| !desired.wireguard.contains_key(device));
+    ops.extend(stale.map(|device| Op::DelDevice { device }));
+    ops
+}
+
+fn make_devices(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+    for (device, wireguard) in &desired.wireguard {
+        if actual.wireguard.get(device) != Some(wireguard) {
+            ops.push(Op::SetDevice { device: *device, wireguard: wireguard.clone() });
+        }
+    }
+    for (device, link) in &desired.links {
+        if actual.links.get(device) != Some(link) {
+            ops.push(Op::SetLink { device: *device, link: link.clone() });
+        }
+    }
+}
+
+fn make_peers(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+    let mut gained: BTreeMap<(Device, PublicKey), Vec<IpNetwork>> = BTreeMap::new();
+    for ((device, prefix), key) in &desired.allowed_ips {
+        if actual.allowed_ips.get(&(*device, *prefix)) != Some(key) {
+            gained.entry((*device, *key)).or_default().push(*prefix);
+        }
+    }
+    for ((device, key), peer) in &desired.peers {
+        let gained = gained.remove(&(*device, *key)).unwrap_or_default();
+        let settled = actual.peers.get(&(*device, *key)).is_some_and(|actual| agrees(peer, actual));
+        if !settled || !gained.is_empty() {
+            ops.push(Op::SetPeer { device: *device, key: *key, peer: peer.clone(), gained });
+        }
+    }
+}
+
+/// Whether the peer is as wanted. Where no endpoint is wanted, any will do: the peer may have roamed.
+fn agrees(desired: &Peer, actual: &Peer) -> bool {
+    let dialled = desired.endpoint.is_none() || desired.endpoint == actual.endpoint;
+    dialled && desired.keepalive == actual.keepalive && desired.psk == actual.psk
+}
+
+/// The twins first: no instant has a way to a remote range without them.
+fn make_routes(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+    for table in [Table::Closed, Table::Remote] {
+        for ((of, to), route) in &desired.routes {
+            if *of == table && actual.routes.get(&(table, *to)) != Some(route) {
+                ops.push(Op::SetRoute { table, to: *to, route: route.clone() });
+            }
+        }
+    }
+}
+
+/// The twins last.
+fn break_routes(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+    for table in [Table::Remote, Table::Closed] {
+        let stale = actual.routes.keys().filter(|key| key.0 == table && !desired.routes.contains_key(key));
+        ops.extend(stale.map(|(table, to)| Op::DelRoute { table: *table, to: *to }));
+    }
+}
+
+fn break_peers(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+    let mut lost: BTreeMap<(Device, PublicKey), Vec<IpNetwork>> = BTreeMap::new();
+    for ((device, prefix), key) in &actual.allowed_ips {
+        // A prefix that another peer gained has left this one already; one of a stale peer leaves with it.
+        let stale = !desired.allowed_ips.contains_key(&(*device, *prefix));
+        if stale && desired.peers.contains_key(&(*device, *key)) {
+            lost.entry((*device, *key)).or_default().push(*prefix);
+        }
+    }
+    ops.extend(lost.into_iter().map(|((device, key), lost)| Op::DropAllowedIps { device, key, lost }));
+    for (device, key) in actual.peers.keys() {
+        let stale = !desired.peers.contains_key(&(*device, *key));
+        if stale && desired.wireguard.contains_key(device) {
+            ops.push(Op::RemovePeer { device: *device, key: *key });
+        }
+    }
+}
+
+/// What permits all that either permits.
+fn union(a: Option<&Nft>, b: Option<&Nft>) -> Option<Nft> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(Nft { keep_source: &a.keep_source | &b.keep_source, admit: &a.admit | &b.admit }),
+        (one, other) => one.or(other).cloned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        model::{any_desired, any_state, apply},
+        state::Route,
+    };
+    use proptest::prelude::*;
+
+    /// Every state from `actual` on, one after each operation.
+    fn steps(ops: &[Op], actual: &State) -> Vec<State> {
+        let mut states = vec![actual.clone()];
+        for op in ops {
+            let mut next = states[states.len() - 1].clone();
+            apply(&mut next, op);
+            states.push(next);
+        }
+        states
+    }
+
+    /// What is wanted, with the endpoints that a plan leaves alone taken from what is.
+    fn with_endpoints(desired: &State, actual: &State) -> State {
+        let mut desired = desired.clone();
+        for (pair, peer) in &mut desired.peers {
+            peer.endpoint = peer.endpoint.or(actual.peers.get(pair).and_then(|peer| peer.endpoint));
+        }
+        desired
+    }
+
+    /// Whether a packet for the prefix finds a device on which a peer holds it.
+    fn carried(state: &State, to: &IpNetwork) -> bool {
+        match state.routes.get(&(Table::Remote, *to)) {
+            Some(Route::Dev { device, .. }) => state.allowed_ips.contains_key(&(*device, *to)),
+            _ => false,
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        #[test]
+        fn converges(desired in any_desired(), actual in any_state()) {
+            let after = steps(&diff(&desired, &actual), &actual).pop().expect("at least the first state");
+            prop_assert_eq!(&after, &with_endpoints(&desired, &actual));
+            prop_assert_eq!(diff(&desired, &after), vec![]);
+        }
+
+        #[test]
+        fn makes_before_it_breaks(desired in any_desired(), actual in any_state()) {
+            prop_assert!(diff(&desired, &actual).is_sorted_by_key(Op::is_break));
+        }
+
+        #[test]
+        fn a_kept_route_never_loses_its_peer(desired in any_desired(), actual in any_state()) {
+            for state in steps(&diff(&desired, &actual), &actual) {
+                for (_, to) in actual.routes.keys().filter(|(table, _)| *table == Table::Remote) {
+                    if carried(&actual, to) && carried(&desired, to) {
+                        prop_assert!(carried(&state, to), "{to} has no peer in {state:#?}");
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn a_route_has_its_twin_for_as_long_as_both_states_have(desired in any_desired(), actual in any_state()) {
+            let closed = |state: &State, to: &IpNetwork| state.routes.contains_key(&(Table::Closed, *to));
+            let open = |state: &State, to: &IpNetwork| state.routes.contains_key(&(Table::Remote, *to));
+            let law = |state: &State, to: &IpNetwork| !open(state, to) || closed(state, to);
+            for state in steps(&diff(&desired, &actual), &actual) {
+                for (_, to) in desired.routes.keys().chain(actual.routes.keys()) {
+                    if law(&actual, to) && law(&desired, to) {
+                        prop_assert!(law(&state, to), "{to} is open in {state:#?}");
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn makes_alone_take_nothing_away(desired in any_desired(), actual in any_state()) {
+            let makes: Vec<Op> = diff(&desired, &actual).into_iter().filter(|op| !op.is_break()).collect();
+            let after = steps(&makes, &actual).pop().expect("at least the first state");
+            prop_assert!(actual.peers.keys().all(|pair| after.peers.contains_key(pair)));
+            prop_assert!(actual.allowed_ips.keys().all(|prefix| after.allowed_ips.contains_key(prefix)));
+            prop_assert!(actual.routes.keys().all(|route| after.routes.contains_key(route)));
+            prop_assert!(actual.rules.is_subset(&after.rules));
+            let pairs = |state: &State| state.nft.clone().unwrap_or_default();
+            prop_assert!(pairs(&actual).admit.is_subset(&pairs(&after).admit));
+            prop_assert!(pairs(&actual).keep_source.is_subset(&pairs(&after).keep_source));
+        }
+
+        #[test]
+        fn the_empty_state_is_reached_from_anywhere(actual in any_state()) {
+            let nothing = State::default();
+            let ops = diff(&nothing, &actual);
+            prop_assert!(ops.iter().all(Op::is_break));
+            prop_assert_eq!(steps(&ops, &actual).pop(), Some(nothing));
+        }
+    }
 }

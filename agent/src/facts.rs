@@ -16,9 +16,10 @@ pub struct Facts {
     pub slot: Ordinal,
     /// The public keys of the private keys that this node has for its slot, at most two.
     pub slot_keys: BTreeSet<PublicKey>,
-    pub psks: BTreeMap<MemberName, PskId>,
-    /// Every address that an endpoint name has lately resolved to.
-    pub resolved: BTreeMap<String, BTreeSet<IpAddr>>,
+    /// Members with a preshared key; `None`: there is one, but it cannot be used.
+    pub psks: BTreeMap<MemberName, Option<PskId>>,
+    /// The addresses that an endpoint name last resolved to, in the order to try them.
+    pub resolved: BTreeMap<String, Vec<IpAddr>>,
     /// Pairs whose endpoint is to be written now, with the address: they have none, or are dead.
     pub dial: BTreeMap<(Device, PublicKey), SocketAddr>,
     /// Smallest MTU, in bytes, of the native devices.

@@ -83,6 +83,9 @@ pub enum Route {
     Throw,
     /// Refused with ICMP: nothing leaves in the clear.
     Unreachable,
+    /// Read, never wanted: what somebody else has put there (another metric, a gateway, a second route), to be replaced
+    /// or removed.
+    Other,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -120,7 +123,7 @@ impl Rule {
 /// The contents of the nftables table `inet carrick`; its chains are always the same.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Nft {
-    /// Our own ranges and the remote ranges that they talk to, (own, remote): such packets keep their source, ahead of the CNI's masquerade.
+    /// (source, destination): such packets keep their source, ahead of the CNI's masquerade. Both directions.
     pub keep_source: BTreeSet<(IpNetwork, IpNetwork)>,
     /// What may come out of a tunnel, (remote source, own destination): what was offered to that member.
     pub admit: BTreeSet<(IpNetwork, IpNetwork)>,
@@ -196,8 +199,89 @@ impl Op {
     }
 }
 
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Route::Dev { device, source: None } => write!(f, "dev {device}"),
+            Route::Dev { device, source: Some(source) } => write!(f, "dev {device} src {source}"),
+            Route::Throw => f.write_str("throw"),
+            Route::Unreachable => f.write_str("unreachable"),
+        }
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let not_iif_lo = if self.forwarded_only() { "not iif lo " } else { "" };
+        write!(f, "priority {} {not_iif_lo}lookup {}", self.priority(), self.table)
+    }
+}
+
+impl Family {
+    pub fn of(network: &IpNetwork) -> Family {
+        if network.is_ipv4() { Family::V4 } else { Family::V6 }
+    }
+
+    /// The option that `ip` takes for it.
+    fn option(self) -> &'static str {
+        match self {
+            Family::V4 => "-4",
+            Family::V6 => "-6",
+        }
+    }
+}
+
+impl fmt::Display for Nft {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pairs = |pairs: &BTreeSet<(IpNetwork, IpNetwork)>| {
+            pairs.iter().map(|(from, to)| format!("{from} . {to}")).collect::<Vec<_>>().join(", ")
+        };
+        write!(f, "keep_source {{ {} }} admit {{ {} }}", pairs(&self.keep_source), pairs(&self.admit))
+    }
+}
+
+/// `allowed-ips` as `wg` takes it, each prefix with the sign of a delta.
+fn delta(sign: char, networks: &[IpNetwork]) -> String {
+    networks.iter().map(|network| format!("{sign}{network}")).collect::<Vec<_>>().join(",")
+}
+
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{self:?}")
+        match self {
+            Op::SetDevice { device, wireguard: WireGuard { key, port } } => {
+                write!(f, "wg set {device} listen-port {port} private-key <of {key}>")
+            }
+            Op::SetLink { device, link } => {
+                let state = if link.up { "up" } else { "down" };
+                write!(f, "ip link set {device} mtu {} addrgenmode none {state}", link.mtu)
+            }
+            Op::SetPeer { device, key, peer, gained } => {
+                write!(f, "wg set {device} peer {key}")?;
+                if let Some(endpoint) = peer.endpoint {
+                    write!(f, " endpoint {endpoint}")?;
+                }
+                if peer.keepalive > 0 {
+                    write!(f, " persistent-keepalive {}", peer.keepalive)?;
+                }
+                if let Some(psk) = peer.psk {
+                    write!(f, " preshared-key <{psk}>")?;
+                }
+                if gained.is_empty() { Ok(()) } else { write!(f, " allowed-ips {}", delta('+', gained)) }
+            }
+            Op::GrowNft(nft) | Op::ShrinkNft(Some(nft)) => write!(f, "nft replace table inet carrick {nft}"),
+            Op::ShrinkNft(None) => f.write_str("nft delete table inet carrick"),
+            Op::AddRule(rule) => write!(f, "ip {} rule add {rule}", rule.family.option()),
+            Op::DelRule(rule) => write!(f, "ip {} rule del {rule}", rule.family.option()),
+            Op::SetRoute { table, to, route: route @ Route::Dev { .. } } => {
+                write!(f, "ip route replace {to} {route} table {table}")
+            }
+            Op::SetRoute { table, to, route } => write!(f, "ip route replace {route} {to} table {table}"),
+            Op::DelRoute { table, to } => write!(f, "ip route del {to} table {table}"),
+            Op::DropAllowedIps { device, key, lost } => {
+                write!(f, "wg set {device} peer {key} allowed-ips {}", delta('-', lost))
+            }
+            Op::RemovePeer { device, key } => write!(f, "wg set {device} peer {key} remove"),
+            Op::DelDevice { device } => write!(f, "ip link del {device}"),
+        }
     }
 }

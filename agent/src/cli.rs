@@ -1,0 +1,91 @@
+//! One file per subcommand; each is plan and diff with other ends.
+
+mod cleanup;
+mod keys;
+mod plan;
+mod status;
+mod validate;
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    agent,
+    args::{Args, Command, Format, LogFormat},
+    tunnel,
+};
+
+/// Runs the command. Exit code 0: done and well; 1: failed, or the answer is no; 2: the call's words are off.
+pub fn main(args: Args) -> ExitCode {
+    start_logs(args.log_format);
+    let answer = match args.command {
+        // One thread: the agent is a loop, and its memory is counted.
+        Command::Agent(node) => block_on(1, async { Ok(agent::run(node, shutdown()?).await.map(|()| true)?) }),
+        Command::Tunnel(options) => block_on(2, async { Ok(tunnel::serve(&options.run_dir, shutdown()?).await.map(|()| true)?) }),
+        Command::Status(args) => block_on(1, status::run(args)),
+        Command::Plan(args) => block_on(1, plan::run(args)),
+        Command::Keys(args) => keys::run(args),
+        Command::Validate(args) => validate::run(args),
+        Command::Cleanup(args) => block_on(1, cleanup::run(args)),
+    };
+    match answer {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("carrick: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn block_on(threads: usize, work: impl Future<Output = anyhow::Result<bool>>) -> anyhow::Result<bool> {
+    let mut runtime = if threads == 1 {
+        tokio::runtime::Builder::new_current_thread()
+    } else {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        runtime.worker_threads(threads);
+        runtime
+    };
+    let runtime = runtime.enable_all().build().context("cannot start the runtime")?;
+    let answer = runtime.block_on(work);
+    // A name look-up may still hang in the resolver.
+    runtime.shutdown_background();
+    answer
+}
+
+/// Resolves at SIGINT or SIGTERM.
+fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
+}
+
+/// gotatun's debug output prints preshared keys, so nothing below a warning of it is ever let through.
+fn start_logs(format: LogFormat) {
+    let wanted = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
+    let capped = wanted.add_directive("gotatun=warn".parse().expect("a directive"));
+    let logs = tracing_subscriber::fmt().with_env_filter(capped).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Human => logs.with_target(false).init(),
+        LogFormat::Json => logs.json().init(),
+    }
+}
+
+/// Prints an answer in the form that was asked for.
+fn print(format: Format, answer: &impl Serialize, table: impl FnOnce() -> String) -> anyhow::Result<()> {
+    match format {
+        Format::Table => print!("{}", table()),
+        Format::Json => println!("{}", serde_json::to_string_pretty(answer)?),
+        Format::Yaml => print!("{}", serde_saphyr::to_string(answer)?),
+    }
+    Ok(())
+}

@@ -1,0 +1,235 @@
+//! Which address of a peer to dial, and when to try the next one.
+//!
+//! Pure: time is an argument. A pair with a live session is never touched, because its peer may have roamed. A pair
+//! without an endpoint dials the first address; one that sends and gets no handshake moves on, in order and around.
+
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+
+use crate::{facts::Facts, intent::Intent, keys::PublicKey, names::Device, plan::addresses_of};
+
+type Key = (Device, PublicKey);
+
+/// WireGuard uses no session beyond this age (REJECT_AFTER_TIME, whitepaper §6.1).
+pub const SESSION: Duration = Duration::from_secs(180);
+
+/// How long a pair sends in vain before it counts as dead.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// How long each further address is given.
+const HOLD: Duration = Duration::from_secs(10);
+
+/// What a reading says of one pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub endpoint: Option<SocketAddr>,
+    /// Age of the last handshake; `None`: there was none.
+    pub handshake: Option<Duration>,
+    /// Bytes sent, handshakes included.
+    pub tx_bytes: u64,
+}
+
+impl Seen {
+    fn alive(&self) -> bool {
+        self.handshake.is_some_and(|age| age < SESSION)
+    }
+}
+
+/// Remembers, of each pair without a session, since when its present address is on trial.
+#[derive(Debug, Default)]
+pub struct Dialer {
+    trials: BTreeMap<Key, Trial>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Trial {
+    since: Duration,
+    tx_bytes: u64,
+    patience: Duration,
+}
+
+/// What to write now, and when to look again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dial {
+    pub now: BTreeMap<Key, SocketAddr>,
+    pub again: Option<Duration>,
+}
+
+impl Dialer {
+    /// `now`: time on any clock that only goes forward. `candidates`: each pair's addresses, in order.
+    pub fn decide(
+        &mut self,
+        now: Duration,
+        candidates: &BTreeMap<Key, Vec<SocketAddr>>,
+        seen: &BTreeMap<Key, Seen>,
+    ) -> Dial {
+        self.trials.retain(|pair, _| candidates.contains_key(pair));
+        let mut dial = Dial::default();
+        for (pair, addresses) in candidates {
+            let Some(first) = addresses.first() else { continue };
+            let seen = seen.get(pair);
+            if seen.is_some_and(Seen::alive) {
+                self.trials.remove(pair);
+                continue;
+            }
+            let tx_bytes = seen.map_or(0, |seen| seen.tx_bytes);
+            let fresh = Trial { since: now, tx_bytes, patience: PATIENCE };
+            let Some(current) = seen.and_then(|seen| seen.endpoint) else {
+                self.trials.insert(*pair, fresh);
+                dial.now.insert(*pair, *first);
+                look_again(&mut dial, now + PATIENCE);
+                continue;
+            };
+            let trial = self.trials.entry(*pair).or_insert(fresh);
+            if now < trial.since + trial.patience {
+                look_again(&mut dial, trial.since + trial.patience);
+            } else if tx_bytes > trial.tx_bytes {
+                *trial = Trial { patience: HOLD, ..fresh };
+                let next = after(addresses, current).unwrap_or(*first);
+                if next != current {
+                    dial.now.insert(*pair, next);
+                }
+                look_again(&mut dial, now + HOLD);
+            } else {
+                look_again(&mut dial, now + HOLD);
+            }
+        }
+        dial
+    }
+}
+
+fn look_again(dial: &mut Dial, at: Duration) {
+    dial.again = Some(dial.again.map_or(at, |again| again.min(at)));
+}
+
+/// The address that follows `current`, around; `None` if it is not among them.
+fn after(addresses: &[SocketAddr], current: SocketAddr) -> Option<SocketAddr> {
+    let at = addresses.iter().position(|address| *address == current)?;
+    addresses.get((at + 1) % addresses.len()).copied()
+}
+
+/// Every pair's addresses: its endpoints in order, names by what they resolved to, each at the port that answers this
+/// node's slot.
+pub fn candidates(intent: &Intent, facts: &Facts) -> BTreeMap<Key, Vec<SocketAddr>> {
+    let others = intent.members.iter().filter(|(name, _)| **name != intent.me);
+    let gateways = others.flat_map(|(_, member)| &member.gateways);
+    gateways
+        .map(|(ordinal, gateway)| {
+            let addresses = gateway.endpoints.iter().flat_map(|endpoint| {
+                let port = endpoint.port + u16::from(facts.slot.get());
+                addresses_of(&endpoint.host, &facts.resolved).into_iter().map(move |ip| SocketAddr::new(ip, port))
+            });
+            ((Device(*ordinal), gateway.key), addresses.collect())
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{model::key, names::Ordinal};
+    use expect_test::{Expect, expect};
+
+    const PAIR: fn() -> Key = || (Device(Ordinal::ZERO), key(1));
+
+    fn address(n: u8) -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, n], 27473))
+    }
+
+    fn seconds(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    /// Plays one pair for a minute and a half, looked at each second. `peer`: what the pair shows at a second, given
+    /// the endpoint that was last written.
+    fn check(addresses: &[u8], peer: impl Fn(u64, Option<SocketAddr>) -> Option<Seen>, expected: Expect) {
+        let candidates = [(PAIR(), addresses.iter().copied().map(address).collect())].into();
+        let (mut dialer, mut written, mut told) = (Dialer::default(), None, String::new());
+        for second in 0..90 {
+            let seen = peer(second, written).map(|seen| (PAIR(), seen)).into_iter().collect();
+            let dial = dialer.decide(seconds(second), &candidates, &seen);
+            if let Some(next) = dial.now.get(&PAIR()) {
+                written = Some(*next);
+                told += &format!("{second} s: {next}\n");
+            }
+        }
+        expected.assert_eq(&told);
+    }
+
+    /// Sends for ever and is never answered.
+    fn silent(second: u64, endpoint: Option<SocketAddr>) -> Option<Seen> {
+        Some(Seen { endpoint, handshake: None, tx_bytes: second * 148 })
+    }
+
+    #[test]
+    fn a_silent_peer_is_tried_at_each_address_in_turn() {
+        check(
+            &[1, 2, 3],
+            silent,
+            expect![[r#"
+                0 s: 192.0.2.1:27473
+                15 s: 192.0.2.2:27473
+                25 s: 192.0.2.3:27473
+                35 s: 192.0.2.1:27473
+                45 s: 192.0.2.2:27473
+                55 s: 192.0.2.3:27473
+                65 s: 192.0.2.1:27473
+                75 s: 192.0.2.2:27473
+                85 s: 192.0.2.3:27473
+            "#]],
+        );
+    }
+
+    #[test]
+    fn the_only_address_is_written_once() {
+        check(&[1], silent, expect!["0 s: 192.0.2.1:27473\n"]);
+    }
+
+    #[test]
+    fn a_pair_that_does_not_send_is_left_alone() {
+        let idle = |_, endpoint| Some(Seen { endpoint, handshake: Some(seconds(500)), tx_bytes: 7 });
+        check(&[1, 2], idle, expect!["0 s: 192.0.2.1:27473\n"]);
+    }
+
+    #[test]
+    fn a_roamed_endpoint_with_a_session_is_never_overwritten() {
+        let roamed = |second: u64, _| {
+            Some(Seen { endpoint: Some(address(99)), handshake: Some(seconds(second)), tx_bytes: second * 1000 })
+        };
+        check(&[1, 2], roamed, expect![""]);
+    }
+
+    #[test]
+    fn a_roamed_endpoint_whose_session_died_goes_back_to_the_first_address() {
+        let dead = |second: u64, written: Option<SocketAddr>| {
+            let endpoint = written.or(Some(address(99)));
+            Some(Seen { endpoint, handshake: Some(seconds(150 + second)), tx_bytes: second * 1000 })
+        };
+        check(
+            &[1, 2],
+            dead,
+            expect![[r#"
+                45 s: 192.0.2.1:27473
+                55 s: 192.0.2.2:27473
+                65 s: 192.0.2.1:27473
+                75 s: 192.0.2.2:27473
+                85 s: 192.0.2.1:27473
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_peer_that_is_not_made_yet_is_dialled_until_it_has_its_endpoint() {
+        let late = |second: u64, written: Option<SocketAddr>| {
+            (second > 2).then(|| Seen { endpoint: written, handshake: Some(seconds(1)), tx_bytes: 0 })
+        };
+        check(
+            &[1, 2],
+            late,
+            expect![[r#"
+                0 s: 192.0.2.1:27473
+                1 s: 192.0.2.1:27473
+                2 s: 192.0.2.1:27473
+            "#]],
+        );
+    }
+}
