@@ -123,7 +123,9 @@ impl Guard {
 
     /// Ends the lab and returns when nothing of it is left. Nothing can be started afterwards. Harmless when repeated.
     pub fn end(&self) -> Result<()> {
-        let Some(Sweeper { mut child, input }) = self.lock().take() else { return Ok(()) };
+        // Held until it is over: whoever else ends it, or would start something, waits.
+        let mut sweeper = self.lock();
+        let Some(Sweeper { mut child, input }) = sweeper.take() else { return Ok(()) };
         drop(input);
         let status = child.wait().context("wait for the sweeper")?;
         ensure!(status.success(), "the sweeper of lab {} ended with {status}: cargo xtask lab down {0}", self.name);

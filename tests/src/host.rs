@@ -3,9 +3,13 @@
 //! A thread enters the namespaces, and what it starts is born there: no code runs between fork and exec.
 
 use std::{
+    convert::Infallible,
     fs::{self, File},
     io::Write,
-    os::unix::{fs::DirBuilderExt, process::ExitStatusExt},
+    os::unix::{
+        fs::DirBuilderExt,
+        process::{CommandExt, ExitStatusExt},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::Arc,
@@ -21,7 +25,10 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{guard::Guard, wait_for};
+use crate::{
+    guard::{self, Guard, HostRecord, MARK},
+    wait_for,
+};
 
 /// How long a command that should be short (`ip`, `nft`, `carrick status`) may take: then `timeout` ends it with status 124.
 const COMMAND_LIMIT_SECONDS: &str = "30";
@@ -259,6 +266,24 @@ impl Drop for Process {
             drop(child.wait());
         }
     }
+}
+
+/// Turns this process into `command`, inside a host of a lab that somebody else made. Returns only if that fails.
+pub fn enter(host: &HostRecord, lab: &str, command: &mut Command) -> Result<Infallible> {
+    ensure!(
+        guard::processes(lab)?.contains(&host.pid),
+        "{} of lab {lab} has ended: cargo xtask lab down {lab}",
+        host.name
+    );
+    let namespace = |kind: &str| {
+        let path = format!("/proc/{}/ns/{kind}", host.pid);
+        File::open(&path).context(path)
+    };
+    let (net, mnt) = (namespace("net")?, namespace("mnt")?);
+    setns(net, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
+    unshare(CloneFlags::CLONE_FS).context("unshare")?;
+    setns(mnt, CloneFlags::CLONE_NEWNS).context("enter the mount namespace")?;
+    Err(command.env(MARK, lab).exec()).with_context(|| format!("{command:?}"))
 }
 
 /// The last lines of a file, or why there are none.

@@ -45,22 +45,27 @@ pub enum Cni {
 }
 
 impl Member {
-    /// A member with one node at a public address.
+    /// A member with one node at a public address; its pods' IPv6 range is fd00:10:ID::/48.
     pub fn new(name: &str, id: u16, pods: Ipv4Network) -> Member {
+        let pods6 = Ipv6Network::new_checked(Ipv6Addr::new(0xfd00, 0x10, id, 0, 0, 0, 0, 0), 48);
         let name = name.to_owned();
-        Member { name, id, pods, pods6: None, allowed: Vec::new(), behind_nat: false, nodes: 1, cni: Cni::Bridge }
+        Member { name, id, pods, pods6, allowed: Vec::new(), behind_nat: false, nodes: 1, cni: Cni::Bridge }
+    }
+
+    /// `NAME:PODS`, and `:nat` for a member behind NAT, as in `va:10.44.0.0/16:nat`.
+    pub fn parse(text: &str, id: u16) -> Result<Member> {
+        let mut parts = text.split(':');
+        let (name, pods, nat) = (parts.next(), parts.next(), parts.next());
+        let usage = || format!("member {text:?}: NAME:PODS or NAME:PODS:nat, as in va:10.44.0.0/16:nat");
+        let pods = pods.with_context(usage)?.parse().with_context(usage)?;
+        ensure!(nat.is_none_or(|word| word == "nat") && parts.next().is_none(), usage());
+        Ok(Member { behind_nat: nat.is_some(), ..Member::new(name.with_context(usage)?, id, pods) })
     }
 
     /// `mn` at a public address and `va` behind NAT, as in the demo.
     pub fn pair() -> [Member; 2] {
-        let range = |second, third| Ipv6Network::new_checked(Ipv6Addr::new(0xfd00, second, third, 0, 0, 0, 0, 0), 48);
-        let pods = |second| Ipv4Network::new_checked(Ipv4Addr::new(10, second, 0, 0), 16);
-        let member = |name, id, second, behind_nat| Member {
-            pods6: range(0x10, u16::from(second)),
-            behind_nat,
-            ..Member::new(name, id, pods(second).expect("16 is a prefix length"))
-        };
-        [member("mn", 1, 42, false), member("va", 2, 44, true)]
+        let pods = |second| Ipv4Network::new_checked(Ipv4Addr::new(10, second, 0, 0), 16).expect("a prefix length");
+        [Member::new("mn", 1, pods(42)), Member { behind_nat: true, ..Member::new("va", 2, pods(44)) }]
     }
 
     /// Its pod ranges, both families.

@@ -6,6 +6,8 @@
 #![allow(unreachable_pub)]
 
 mod bench;
+mod demo;
+mod lab;
 mod process;
 mod setup;
 mod test;
@@ -32,6 +34,10 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Shows two members talking, on this machine: sets up, builds, runs, cleans up.
+    Demo(demo::Args),
+    /// Gives members of namespaces to try things in by hand.
+    Lab(lab::Args),
     /// Runs every check: formatting, lints, documentation, licences, unit and law tests, and the lab.
     Test(test::Args),
     /// Measures, and compares with budgets.
@@ -61,6 +67,14 @@ fn run(args: Args) -> anyhow::Result<bool> {
     process::pass_on_interrupts()?;
     let install = !args.no_install;
     match args.command {
+        Command::Demo(args) => {
+            setup::ensure(For::Demo, install)?;
+            demo::run(&args, &workspace::build_carrick()?)
+        }
+        Command::Lab(args) => {
+            setup::ensure(For::Lab, install)?;
+            lab::run(&args)
+        }
         Command::Test(args) => {
             setup::ensure(For::Test, install)?;
             test::run(&args)
