@@ -9,7 +9,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, oneshot},
     time::{sleep, sleep_until, timeout},
 };
 use tracing::{debug, info, warn};
@@ -17,7 +17,11 @@ use tracing::{debug, info, warn};
 use crate::{
     args,
     dial::Dialer,
-    kernel::{self, Linux, Secrets, events::{self, Event}, facts},
+    kernel::{
+        self, Linux, Secrets,
+        events::{self, Event},
+        facts,
+    },
     lock::{Lock, LockError},
     plan::member_of,
     reconcile::{Kernel, Outcome, Reading, reconcile},
@@ -128,8 +132,6 @@ struct Agent {
     node: String,
     kernel: Linux<Client>,
     facts: facts::Reader,
-    /// As last read.
-    facts_of_node: facts::Node,
     resolver: Resolver,
     dialer: Dialer,
     keys: Keys,
@@ -180,7 +182,10 @@ impl Agent {
         }
         self.keys.refresh(&self.args);
         self.kernel.set_secrets(self.keys.secrets());
-        let node = self.kernel.node_facts().await;
+        let node = match self.facts.read().await {
+            Ok(node) => node,
+            Err(error) => return self.unable(format!("cannot read this node's links and addresses: {error}")),
+        };
         let reading = self.kernel.read().await;
         let (_, view) = self.view.as_ref().expect("set above");
         let clock = (&mut self.dialer, self.started.elapsed());
@@ -192,7 +197,15 @@ impl Agent {
             info!("{op}");
         }
         debug!(?cause, took = ?began.elapsed(), applied = outcome.applied.len(), "pass");
-        let status = self.status(&view, &survey, &reading, &outcome, node.problems, resolved);
+        let status = self.status(&view, &survey, &reading, &outcome, &node, resolved);
+        self.tell(&status);
+        status
+    }
+
+    /// A pass that cannot even begin. Nothing is changed.
+    fn unable(&mut self, failure: String) -> Status {
+        self.next_pass = Instant::now() + FIRST_RETRY;
+        let status = Status { synced: true, failures: vec![failure], ..self.blank() };
         self.tell(&status);
         status
     }
@@ -224,16 +237,19 @@ impl Agent {
         survey: &Survey,
         reading: &Reading,
         outcome: &Outcome,
-        node_problems: Vec<String>,
+        node: &facts::Node,
         resolved: &Resolved,
     ) -> Status {
         let peers = peers(view, survey, reading);
         let read = reading.failed.iter().map(|error| with_cause(error));
         let failures: Vec<String> = read.chain(outcome.failed.iter().map(|error| with_cause(error))).collect();
-        let unresolved =
-            resolved.failed.iter().map(|(name, why)| format!("endpoint {name} does not resolve: {why}; it is asked again"));
+        let unresolved = resolved
+            .failed
+            .iter()
+            .map(|(name, why)| format!("endpoint {name} does not resolve: {why}; it is asked again"));
         let mut problems = view.problems.clone();
-        problems.extend(self.keys.problems.iter().cloned().chain(unresolved).chain(node_problems));
+        problems.extend(self.keys.problems.iter().cloned().chain(unresolved));
+        problems.extend(node.conditions.iter().map(ToString::to_string));
         Status {
             synced: true,
             ready: survey.complete && survey.rejected.is_empty() && failures.is_empty() && outcome.withheld == 0,

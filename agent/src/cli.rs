@@ -15,22 +15,21 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     agent,
-    args::{Args, Command, Format, LogFormat},
-    tunnel,
+    args::{self, Args, Command, Format, LogFormat},
+    tunnel::{self, TunnelOptions},
 };
 
 /// Runs the command. Exit code 0: done and well; 1: failed, or the answer is no; 2: the call's words are off.
 pub fn main(args: Args) -> ExitCode {
     start_logs(args.log_format);
     let answer = match args.command {
-        // One thread: the agent is a loop, and its memory is counted.
-        Command::Agent(node) => block_on(1, async { Ok(agent::run(node, shutdown()?).await.map(|()| true)?) }),
-        Command::Tunnel(options) => block_on(2, async { Ok(tunnel::serve(&options.run_dir, shutdown()?).await.map(|()| true)?) }),
-        Command::Status(args) => block_on(1, status::run(args)),
-        Command::Plan(args) => block_on(1, plan::run(args)),
+        Command::Agent(node) => block_on(async { Ok(agent::run(node, shutdown()?).await.map(|()| true)?) }),
+        Command::Tunnel(args) => run_tunnel(args),
+        Command::Status(args) => block_on(status::run(args)),
+        Command::Plan(args) => block_on(plan::run(args)),
         Command::Keys(args) => keys::run(args),
         Command::Validate(args) => validate::run(args),
-        Command::Cleanup(args) => block_on(1, cleanup::run(args)),
+        Command::Cleanup(args) => block_on(cleanup::run(args)),
     };
     match answer {
         Ok(true) => ExitCode::SUCCESS,
@@ -42,15 +41,16 @@ pub fn main(args: Args) -> ExitCode {
     }
 }
 
-fn block_on(threads: usize, work: impl Future<Output = anyhow::Result<bool>>) -> anyhow::Result<bool> {
-    let mut runtime = if threads == 1 {
-        tokio::runtime::Builder::new_current_thread()
-    } else {
-        let mut runtime = tokio::runtime::Builder::new_multi_thread();
-        runtime.worker_threads(threads);
-        runtime
-    };
-    let runtime = runtime.enable_all().build().context("cannot start the runtime")?;
+fn run_tunnel(args: args::Tunnel) -> anyhow::Result<bool> {
+    let options = TunnelOptions { run_dir: args.run_dir, ..TunnelOptions::default() };
+    let runtime = tunnel::runtime(None).context("cannot start the runtime")?;
+    runtime.block_on(async { Ok(tunnel::serve(options, shutdown()?).await.map(|()| true)?) })
+}
+
+/// Runs on one thread: the agent is a loop, and its memory is counted.
+fn block_on(work: impl Future<Output = anyhow::Result<bool>>) -> anyhow::Result<bool> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot start the runtime")?;
     let answer = runtime.block_on(work);
     // A name look-up may still hang in the resolver.
     runtime.shutdown_background();
@@ -69,10 +69,10 @@ fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
     })
 }
 
-/// gotatun's debug output prints preshared keys, so nothing below a warning of it is ever let through.
+/// RUST_LOG can ask for anything but what the tunnel's library says of keys.
 fn start_logs(format: LogFormat) {
     let wanted = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
-    let capped = wanted.add_directive("gotatun=warn".parse().expect("a directive"));
+    let capped = wanted.add_directive(tunnel::LOG_CAP.parse().expect("a directive"));
     let logs = tracing_subscriber::fmt().with_env_filter(capped).with_writer(std::io::stderr);
     match format {
         LogFormat::Human => logs.with_target(false).init(),

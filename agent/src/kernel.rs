@@ -26,7 +26,7 @@ use self::rtnl::Rtnl;
 use crate::{
     keys::{PresharedKey, PrivateKey, PskId, PublicKey},
     names::{Device, Table},
-    reconcile::{Kernel, Layer, Pair, Reading},
+    reconcile::{Kernel, Layer, Pair, ReadError, Reading},
     state::{self, Family, Nft, Op, Peer, Route, Rule},
 };
 
@@ -128,7 +128,10 @@ impl<W: WireGuard> Linux<W> {
             Err(error) => {
                 let routes =
                     io::Error::new(error.kind(), "the links could not be read, by which routes are understood");
-                reading.failed.extend([(Layer::Link, error), (Layer::Route, routes)]);
+                reading.failed.extend([
+                    ReadError { layer: Layer::Link, source: error },
+                    ReadError { layer: Layer::Route, source: routes },
+                ]);
                 return;
             }
         };
@@ -258,8 +261,8 @@ fn has_net_admin(status: &str) -> io::Result<bool> {
 
 /// The value, or the default with the layer marked as not read.
 fn keep<T: Default>(reading: &mut Reading, layer: Layer, result: io::Result<T>) -> T {
-    result.unwrap_or_else(|error| {
-        reading.failed.push((layer, error));
+    result.unwrap_or_else(|source| {
+        reading.failed.push(ReadError { layer, source });
         T::default()
     })
 }

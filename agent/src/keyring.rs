@@ -45,6 +45,16 @@ pub enum Preshared {
     Unusable,
 }
 
+impl Preshared {
+    /// The key, if it can be used.
+    pub fn key(&self) -> Option<&PresharedKey> {
+        match self {
+            Preshared::Key(key) => Some(key),
+            Preshared::Unusable => None,
+        }
+    }
+}
+
 /// A key file, or the directory of them, that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {fault}", path.display())]

@@ -11,21 +11,21 @@
 pub mod args;
 pub mod cli;
 
-pub mod names;
 pub mod keys;
+pub mod names;
 
 pub mod api;
-pub mod intent;
-pub mod source;
+pub mod dial;
 pub mod facts;
+pub mod intent;
 pub mod keyring;
 pub mod resolve;
-pub mod dial;
+pub mod source;
 
-pub mod state;
-pub mod plan;
 pub mod diff;
+pub mod plan;
 pub mod reconcile;
+pub mod state;
 
 pub mod kernel;
 pub mod tunnel;

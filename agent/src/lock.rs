@@ -27,7 +27,8 @@ impl Lock {
         let path = dir.join(format!("{name}.lock"));
         let attempt = || -> io::Result<Result<File, String>> {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-            let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path)?;
+            let mut file =
+                OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path)?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(std::fs::TryLockError::WouldBlock) => {

@@ -206,6 +206,7 @@ impl fmt::Display for Route {
             Route::Dev { device, source: Some(source) } => write!(f, "dev {device} src {source}"),
             Route::Throw => f.write_str("throw"),
             Route::Unreachable => f.write_str("unreachable"),
+            Route::Other => f.write_str("(somebody else's)"),
         }
     }
 }

@@ -73,11 +73,23 @@ impl Status {
             (true, true) => "ready, not connected",
         };
         line(&mut text, format_args!("{} on {}: {state} ({} WireGuard)", self.cluster, self.node, self.wireguard));
-        line(&mut text, format_args!("{:<16} {:<12} {:<24} {:<10} {:>12} {:>12}", "MEMBER", "DEVICE", "ENDPOINT", "HANDSHAKE", "RECEIVED", "SENT"));
+        line(
+            &mut text,
+            format_args!(
+                "{:<16} {:<12} {:<24} {:<10} {:>12} {:>12}",
+                "MEMBER", "DEVICE", "ENDPOINT", "HANDSHAKE", "RECEIVED", "SENT"
+            ),
+        );
         for peer in &self.peers {
             let endpoint = peer.endpoint.map_or("-".to_owned(), |endpoint| endpoint.to_string());
             let age = peer.handshake_age_seconds.map_or("never".to_owned(), |age| format!("{age} s ago"));
-            line(&mut text, format_args!("{:<16} {:<12} {endpoint:<24} {age:<10} {:>12} {:>12}", peer.member, peer.device, peer.rx_bytes, peer.tx_bytes));
+            line(
+                &mut text,
+                format_args!(
+                    "{:<16} {:<12} {endpoint:<24} {age:<10} {:>12} {:>12}",
+                    peer.member, peer.device, peer.rx_bytes, peer.tx_bytes
+                ),
+            );
         }
         for route in &self.routes {
             line(&mut text, format_args!("route {} to {}", route.cidr, route.member));
@@ -88,7 +100,10 @@ impl Status {
             }
         }
         if self.withheld > 0 {
-            line(&mut text, format_args!("{} operations wait until nothing fails and everything is read", self.withheld));
+            line(
+                &mut text,
+                format_args!("{} operations wait until nothing fails and everything is read", self.withheld),
+            );
         }
         text
     }

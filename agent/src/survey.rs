@@ -108,7 +108,12 @@ pub fn survey(
     let mut facts = Facts {
         slot: SLOT,
         slot_keys: keys.keyring.private.keys().copied().collect(),
-        psks: keys.keyring.preshared.iter().map(|(member, psk)| (member.clone(), psk.key().map(PresharedKey::id))).collect(),
+        psks: keys
+            .keyring
+            .preshared
+            .iter()
+            .map(|(member, psk)| (member.clone(), psk.key().map(PresharedKey::id)))
+            .collect(),
         resolved: resolved.addresses.clone(),
         dial: BTreeMap::new(),
         underlay_mtu: node.underlay_mtu,

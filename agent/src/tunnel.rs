@@ -174,7 +174,10 @@ fn lock(path: &Path) -> Result<File, TunnelError> {
         }
         Err(TryLockError::Error(err)) => return Err(at(path)(err)),
     }
-    file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(at(path))?;
+    file.set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| writeln!(file, "{}", std::process::id()))
+        .map_err(at(path))?;
     Ok(file)
 }
 

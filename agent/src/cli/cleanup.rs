@@ -8,7 +8,7 @@ use crate::{
     agent::{check_backend, leftovers, with_cause},
     args,
     diff::diff,
-    kernel::{self, Linux},
+    kernel::{self, Linux, Secrets},
     lock::Lock,
     reconcile::{Kernel, Layer},
     state::State,
@@ -20,7 +20,7 @@ pub(super) async fn run(args: args::Cleanup) -> anyhow::Result<bool> {
     kernel::check_privileges()?;
     let run_dir = &args.backend.run_dir;
     let _lock = Lock::take(run_dir, "agent").context("a running agent would put everything back")?;
-    let mut kernel = Linux::new(Client::new(run_dir)).context("cannot open netlink sockets")?;
+    let mut kernel = Linux::new(Client::new(run_dir), Secrets::default()).context("cannot open netlink sockets")?;
     let reading = kernel.read().await;
     // Without a tunnel there are no sessions to end; its links are read over netlink.
     for error in reading.failed.iter().filter(|error| error.layer != Layer::WireGuard) {
@@ -30,7 +30,9 @@ pub(super) async fn run(args: args::Cleanup) -> anyhow::Result<bool> {
     let mut failed = 0;
     for operation in &operations {
         println!("{operation}");
-        if !args.dry_run && let Err(error) = kernel.apply(operation).await {
+        if !args.dry_run
+            && let Err(error) = kernel.apply(operation).await
+        {
             eprintln!("carrick: {operation}: {error}");
             failed += 1;
         }

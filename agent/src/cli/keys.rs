@@ -3,7 +3,10 @@
 use anyhow::bail;
 use serde::Serialize;
 
-use crate::{args, keyring::{self, Keyring}};
+use crate::{
+    args,
+    keyring::{self, Keyring},
+};
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]

@@ -4,13 +4,14 @@ use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::Context;
 use serde::Serialize;
+use tokio::time::timeout;
 
 use crate::{
     agent::{check_backend, with_cause},
     args,
     dial::Dialer,
     diff::diff,
-    kernel::Linux,
+    kernel::{Linux, facts},
     reconcile::Kernel,
     resolve::{Resolved, Resolver},
     source,
@@ -36,8 +37,10 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     let mut keys = Keys::default();
     keys.refresh(&args.node);
     let resolved = resolve(view.endpoint_names()).await;
-    let mut kernel = Linux::new(Client::new(&args.node.backend.run_dir)).context("cannot open netlink sockets")?;
-    let node = kernel.node_facts().await;
+    let client = Client::new(&args.node.backend.run_dir);
+    let mut kernel = Linux::new(client, keys.secrets()).context("cannot open netlink sockets")?;
+    let reader = facts::Reader::new().context("cannot open netlink sockets")?;
+    let node = reader.read().await.context("cannot read this node's links and addresses")?;
     let reading = kernel.read().await;
     let clock = (&mut Dialer::default(), Duration::ZERO);
     let survey = survey(&view, &keys, &node, &resolved, &reading, &args.node, clock);
@@ -47,7 +50,7 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
         operations: operations.iter().map(ToString::to_string).collect(),
         rejections: view.rejected.iter().chain(&survey.rejected).map(ToString::to_string).collect(),
         problems: (view.problems.iter().chain(&keys.problems).cloned())
-            .chain(node.problems)
+            .chain(node.conditions.iter().map(ToString::to_string))
             .chain(unresolved)
             .chain(reading.failed.iter().map(|error| with_cause(error)))
             .collect(),
@@ -67,14 +70,10 @@ async fn resolve(names: BTreeSet<String>) -> Resolved {
     let settled = |resolved: &Resolved| {
         names.iter().all(|name| resolved.addresses.contains_key(name) || resolved.failed.contains_key(name))
     };
-    match tokio::time::timeout(PATIENCE, results.wait_for(settled)).await {
-        Ok(Ok(resolved)) => resolved.clone(),
-        Ok(Err(_)) | Err(_) => {
-            let mut resolved = results.borrow().clone();
-            for name in names.iter().filter(|name| !resolved.addresses.contains_key(*name)) {
-                resolved.failed.entry(name.clone()).or_insert_with(|| "no answer within 3 s".to_owned());
-            }
-            resolved
-        }
+    let in_time = matches!(timeout(PATIENCE, results.wait_for(settled)).await, Ok(Ok(_)));
+    let mut resolved = results.borrow().clone();
+    for name in names.iter().filter(|name| !in_time && !resolved.addresses.contains_key(*name)) {
+        resolved.failed.entry(name.clone()).or_insert_with(|| "no answer within 3 s".to_owned());
     }
+    resolved
 }

@@ -37,7 +37,12 @@ pub(super) fn run(args: args::Validate) -> anyhow::Result<bool> {
     super::print(args.output.output, &answer, || {
         let said = [("problem", &answer.problems), ("refused", &answer.rejections), ("warning", &answer.warnings)];
         let lines = said.iter().flat_map(|(what, list)| list.iter().map(move |one| format!("{what}: {one}\n")));
-        let count = format!("{} members, {} routes accepted, {} refused\n", answer.members, answer.routes, answer.rejections.len());
+        let count = format!(
+            "{} members, {} routes accepted, {} refused\n",
+            answer.members,
+            answer.routes,
+            answer.rejections.len()
+        );
         lines.chain([count]).collect()
     })?;
     Ok(answer.ok)

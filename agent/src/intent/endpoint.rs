@@ -57,7 +57,7 @@ fn address(ip: IpAddr) -> Result<Host, Refusal> {
     match special(ip) {
         None => Ok(Host::Ip(ip)),
         Some((reason, what)) => {
-            let message = format!("{ip} is one of {what}: name the address that other members dial");
+            let message = format!("{ip} lies in {what}: name the address that other members dial");
             Err(refusal(reason, message))
         }
     }
@@ -77,7 +77,9 @@ fn name(text: &str, mesh_domain: &str) -> Result<Host, Refusal> {
         return Err(refusal(Reason::InvalidHost, message));
     }
     let last = name.rsplit('.').next().unwrap_or(name);
-    if last.bytes().all(|c| c.is_ascii_digit()) {
+    // Resolvers take such names for addresses in forms of their own: 10.1 is 10.0.0.1, and 0x7f000001 is 127.0.0.1.
+    let hex = |text: &str| text.bytes().all(|c| c.is_ascii_hexdigit());
+    if last.bytes().all(|c| c.is_ascii_digit()) || last.strip_prefix("0x").is_some_and(hex) {
         let message = format!("{} ends in a number but is no IPv4 address: correct the address", quoted(text));
         return Err(refusal(Reason::InvalidHost, message));
     }

@@ -20,16 +20,16 @@ const fn v6(first: u16, sixth: u16, last: u16) -> IpAddr {
 
 /// What no claim may touch and no endpoint may be (RFC 6890): first address, prefix length, reason, what it is.
 const SPECIAL: [(IpAddr, u8, Reason, &str); 10] = [
-    (v4(0, 0, 0, 0), 8, Reason::Unspecified, "the unspecified address (0.0.0.0/8)"),
-    (v4(127, 0, 0, 0), 8, Reason::Loopback, "loopback addresses (127.0.0.0/8)"),
-    (v4(169, 254, 0, 0), 16, Reason::LinkLocal, "link-local addresses (169.254.0.0/16)"),
-    (v4(224, 0, 0, 0), 4, Reason::Multicast, "multicast addresses (224.0.0.0/4)"),
-    (v4(255, 255, 255, 255), 32, Reason::Broadcast, "the broadcast address (255.255.255.255)"),
-    (v6(0, 0, 0), 128, Reason::Unspecified, "the unspecified address (::)"),
-    (v6(0, 0, 1), 128, Reason::Loopback, "the loopback address (::1)"),
-    (v6(0, 0xffff, 0), 96, Reason::V4Mapped, "IPv4-mapped addresses (::ffff:0:0/96)"),
-    (v6(0xfe80, 0, 0), 10, Reason::LinkLocal, "link-local addresses (fe80::/10)"),
-    (v6(0xff00, 0, 0), 8, Reason::Multicast, "multicast addresses (ff00::/8)"),
+    (v4(0, 0, 0, 0), 8, Reason::Unspecified, "the unspecified range 0.0.0.0/8"),
+    (v4(127, 0, 0, 0), 8, Reason::Loopback, "the loopback range 127.0.0.0/8"),
+    (v4(169, 254, 0, 0), 16, Reason::LinkLocal, "the link-local range 169.254.0.0/16"),
+    (v4(224, 0, 0, 0), 4, Reason::Multicast, "the multicast range 224.0.0.0/4"),
+    (v4(255, 255, 255, 255), 32, Reason::Broadcast, "the broadcast address 255.255.255.255"),
+    (v6(0, 0, 0), 128, Reason::Unspecified, "the unspecified range ::/128"),
+    (v6(0, 0, 1), 128, Reason::Loopback, "the loopback range ::1/128"),
+    (v6(0, 0xffff, 0), 96, Reason::V4Mapped, "the IPv4-mapped range ::ffff:0:0/96"),
+    (v6(0xfe80, 0, 0), 10, Reason::LinkLocal, "the link-local range fe80::/10"),
+    (v6(0xff00, 0, 0), 8, Reason::Multicast, "the multicast range ff00::/8"),
 ];
 
 /// Whether `ip` lies in the range that starts at `first`; false across families.
@@ -48,7 +48,7 @@ pub(super) fn parse(text: &str) -> Result<IpNetwork, Refusal> {
     let given = syntax(text)?;
     let range = canonical(given);
     if let Some((reason, what)) = special(range.ip()) {
-        return Err(refusal(reason, touching(range, reason, what)));
+        return Err(refusal(reason, touching(given, reason, what)));
     }
     let widest = if range.is_ipv4() { WIDEST_V4 } else { WIDEST_V6 };
     if range.prefix() < widest {
@@ -57,7 +57,7 @@ pub(super) fn parse(text: &str) -> Result<IpNetwork, Refusal> {
     }
     // A range as wide as a /8 can hold special addresses without starting at one.
     if let Some((.., reason, what)) = SPECIAL.iter().find(|(first, ..)| range.contains(*first)) {
-        return Err(refusal(*reason, touching(range, *reason, what)));
+        return Err(refusal(*reason, touching(given, *reason, what)));
     }
     if given != range {
         return Err(refusal(Reason::HostBits, format!("{given} has host bits set: did you mean {range}?")));
@@ -72,9 +72,9 @@ fn touching(range: IpNetwork, reason: Reason, what: &str) -> String {
         }
         IpAddr::V6(ip) if reason == Reason::V4Mapped && range.prefix() >= 96 => {
             let ip = Ipv4Addr::from_bits(ip.to_bits() as u32);
-            format!("{range} is in IPv4-mapped form: write {ip}/{}", range.prefix() - 96)
+            format!("{range} is an IPv4 range in IPv6 form: write {ip}/{}", range.prefix() - 96)
         }
-        _ => format!("{range} holds {what}, which cannot be routed: name the ranges that pods use"),
+        _ => format!("{range} overlaps {what}, which cannot be routed: name the ranges that pods use"),
     }
 }
 

@@ -27,11 +27,11 @@ impl fmt::Display for Warning {
                 write!(f, "{member} has no gateway: nobody can reach it; add one to its MeshCluster")
             }
             Warning::OneWayOffer { member, to } => {
-                write!(f, "{member} offers to {}, which offer nothing to it: no packet passes", list(to))
+                write!(f, "{member} offers to {}, without an offer back: no packet passes between them", list(to))
             }
             Warning::NoEndpoint { member, others } => {
                 let others = list(others);
-                write!(f, "{member} has no endpoint and neither has {others}: they cannot connect; give one side one")
+                write!(f, "{member} has no endpoint, nor has {others}: they cannot connect until one side has one")
             }
         }
     }

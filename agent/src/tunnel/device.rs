@@ -6,7 +6,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic::{AtomicU16, Ordering}},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicU16, Ordering},
+    },
 };
 
 use gotatun::{
@@ -207,7 +210,8 @@ impl Device {
 
     /// Takes from the peer those of the prefixes that are its own.
     pub(super) fn drop_allowed_ips(&self, key: PublicKey, lost: &[IpNetwork]) {
-        let lost: BTreeSet<_> = lost.iter().filter_map(|net| IpNetwork::new(net.network(), net.prefix()).ok()).collect();
+        let lost: BTreeSet<_> =
+            lost.iter().filter_map(|net| IpNetwork::new(net.network(), net.prefix()).ok()).collect();
         self.shared.table_mut().owners.retain(|prefix, owner| owner.key != key || !lost.contains(&prefix));
     }
 

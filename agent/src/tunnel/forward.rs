@@ -36,10 +36,7 @@ type Batch = Vec<(Packet, SocketAddr)>;
 
 /// From the TUN to the socket. Ends when the TUN is gone.
 pub(super) async fn outgoing(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Error {
-    let mut sealer = Sealer {
-        pool: PacketBufPool::new(2),
-        batch: Vec::with_capacity(2 * BATCH),
-    };
+    let mut sealer = Sealer { pool: PacketBufPool::new(2), batch: Vec::with_capacity(2 * BATCH) };
     let mut frame = vec![0; offload::VNET_HEADER + usize::from(u16::MAX)];
     loop {
         let mut read = shared.tun.recv(&mut frame).await;
@@ -87,8 +84,7 @@ impl Sealer {
     /// A copy, padded to a multiple of 16 bytes within the MTU (whitepaper §5.4.6).
     fn packet(&self, frame: &Frame<'_>, index: usize, mtu: usize) -> Packet {
         let room = frame.longest() + 16;
-        let mut packet =
-            if room <= PACKET { self.pool.get() } else { Packet::from_bytes(BytesMut::zeroed(room)) };
+        let mut packet = if room <= PACKET { self.pool.get() } else { Packet::from_bytes(BytesMut::zeroed(room)) };
         let len = frame.segment(index, &mut packet);
         let padded = len.next_multiple_of(16).min(mtu).max(len);
         packet[len..padded].fill(0);

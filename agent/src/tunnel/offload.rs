@@ -374,7 +374,8 @@ impl Candidate {
         let ip = if self.v6 { equal(0..4) && equal(6..8) } else { equal(0..2) && equal(6..10) };
         // Acknowledgment, data offset, window and options; the flags differ by PSH alone.
         let at = self.transport;
-        ip && (self.protocol == UDP || (equal(at + 8..at + 13) && equal(at + 14..at + 16) && equal(at + 18..self.headers)))
+        ip && (self.protocol == UDP
+            || (equal(at + 8..at + 13) && equal(at + 14..at + 16) && equal(at + 18..self.headers)))
     }
 }
 
@@ -388,9 +389,8 @@ impl Open {
             && index < MAX_PARTS
             && next.same_headers(packet, head);
         // Where fragmentation is forbidden the identification means nothing (RFC 6864) and may stay as it is.
-        let id = next.v6
-            || get16(packet, 6) & 0x4000 != 0
-            || get16(packet, 4) == get16(head, 4).wrapping_add(index as u16);
+        let id =
+            next.v6 || get16(packet, 6) & 0x4000 != 0 || get16(packet, 4) == get16(head, 4).wrapping_add(index as u16);
         let in_sequence = next.protocol == UDP
             || get32(packet, next.transport + 4) == get32(head, shape.transport + 4).wrapping_add(self.total as u32);
         if !(fits && id && in_sequence) {

@@ -163,8 +163,7 @@ impl PeerState {
         self.note_handshake();
         let (_, tx_bytes, rx_bytes, ..) = self.tunn.stats();
         let peer = state::Peer { endpoint: self.endpoint, keepalive: self.keepalive, psk: self.psk };
-        let pair =
-            Pair { last_handshake: self.last_handshake, rx_bytes: rx_bytes as u64, tx_bytes: tx_bytes as u64 };
+        let pair = Pair { last_handshake: self.last_handshake, rx_bytes: rx_bytes as u64, tx_bytes: tx_bytes as u64 };
         (peer, pair)
     }
 }

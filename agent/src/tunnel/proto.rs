@@ -536,17 +536,26 @@ mod tests {
     }
 
     fn any_request() -> impl Strategy<Value = Request> {
-        let config = (any_endpoint(), any::<u16>(), prop::option::of(any::<[u8; 32]>())).prop_map(
-            |(endpoint, keepalive, psk)| PeerConfig { endpoint, keepalive, psk: psk.map(PresharedKey::new) },
-        );
+        let config = (any_endpoint(), any::<u16>(), prop::option::of(any::<[u8; 32]>()))
+            .prop_map(|(endpoint, keepalive, psk)| PeerConfig { endpoint, keepalive, psk: psk.map(PresharedKey::new) });
         prop_oneof![
             Just(Request::Read),
-            (any_device(), 1u16.., any::<[u8; 32]>())
-                .prop_map(|(device, port, key)| Request::SetDevice { device, port, key: PrivateKey::new(key) }),
-            (any_device(), any_public(), config, any_nets())
-                .prop_map(|(device, key, peer, gained)| Request::SetPeer { device, key, peer, gained }),
-            (any_device(), any_public(), any_nets())
-                .prop_map(|(device, key, lost)| Request::DropAllowedIps { device, key, lost }),
+            (any_device(), 1u16.., any::<[u8; 32]>()).prop_map(|(device, port, key)| Request::SetDevice {
+                device,
+                port,
+                key: PrivateKey::new(key)
+            }),
+            (any_device(), any_public(), config, any_nets()).prop_map(|(device, key, peer, gained)| Request::SetPeer {
+                device,
+                key,
+                peer,
+                gained
+            }),
+            (any_device(), any_public(), any_nets()).prop_map(|(device, key, lost)| Request::DropAllowedIps {
+                device,
+                key,
+                lost
+            }),
             (any_device(), any_public()).prop_map(|(device, key)| Request::RemovePeer { device, key }),
             any_device().prop_map(|device| Request::DelDevice { device }),
         ]
@@ -561,13 +570,10 @@ mod tests {
             },
         );
         let psk = prop::option::of(any::<[u8; 8]>().prop_map(PskId::from_bytes));
-        let peer = (any_endpoint(), any::<u16>(), psk, any_nets(), pair).prop_map(
-            |(endpoint, keepalive, psk, nets, pair)| WgPeer {
-                peer: Peer { endpoint, keepalive, psk },
-                allowed_ips: nets.into_iter().collect(),
-                pair,
-            },
-        );
+        let peer =
+            (any_endpoint(), any::<u16>(), psk, any_nets(), pair).prop_map(|(endpoint, keepalive, psk, nets, pair)| {
+                WgPeer { peer: Peer { endpoint, keepalive, psk }, allowed_ips: nets.into_iter().collect(), pair }
+            });
         let reading =
             (any_public(), any::<u16>(), prop::collection::btree_map(any_public(), peer, 0..4), any::<u32>()).prop_map(
                 |(key, port, peers, socket_drops)| Reading { device: WgDevice { key, port, peers }, socket_drops },

@@ -13,8 +13,8 @@ use gotatun::packet::Packet;
 use nix::{
     errno::Errno,
     sys::socket::{
-        self, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6,
-        SockaddrStorage, recvmsg, sendmsg, sockopt,
+        self, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn,
+        SockaddrIn6, SockaddrStorage, recvmsg, sendmsg, sockopt,
     },
 };
 use tokio::{io::Interest, net::UdpSocket};
@@ -77,7 +77,9 @@ impl Socket {
             match self.send_run(now, first.len(), *to).await {
                 Ok(()) => {}
                 // EIO: no checksum offload on the way. EINVAL, EMSGSIZE: a segment is longer than the path's MTU.
-                Err(err) if run > 1 && matches!(err.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)) => {
+                Err(err)
+                    if run > 1 && matches!(err.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)) =>
+                {
                     if err.raw_os_error() == Some(libc::EIO) {
                         tracing::info!(%to, "the way out cannot segment UDP: sending packet by packet");
                         self.segmentation.store(false, Ordering::Relaxed);
