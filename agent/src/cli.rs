@@ -6,7 +6,7 @@ mod plan;
 mod status;
 mod validate;
 
-use std::process::ExitCode;
+use std::{io::IsTerminal, process::ExitCode};
 
 use anyhow::Context;
 use serde::Serialize;
@@ -73,7 +73,8 @@ fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
 fn start_logs(format: LogFormat) {
     let wanted = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
     let capped = wanted.add_directive(tunnel::LOG_CAP.parse().expect("a directive"));
-    let logs = tracing_subscriber::fmt().with_env_filter(capped).with_writer(std::io::stderr);
+    let colours = std::io::stderr().is_terminal();
+    let logs = tracing_subscriber::fmt().with_env_filter(capped).with_writer(std::io::stderr).with_ansi(colours);
     match format {
         LogFormat::Human => logs.with_target(false).init(),
         LogFormat::Json => logs.json().init(),

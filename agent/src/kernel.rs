@@ -27,7 +27,7 @@ use crate::{
     keys::{PresharedKey, PrivateKey, PskId, PublicKey},
     names::{Device, Table},
     reconcile::{Kernel, Layer, Pair, ReadError, Reading},
-    state::{self, Family, Nft, Op, Peer, Route, Rule},
+    state::{self, Family, Link, Nft, Op, Peer, Route, Rule},
 };
 
 /// The private halves, looked up by what a [`State`](crate::state::State) may hold.
@@ -155,6 +155,20 @@ impl<W: WireGuard> Linux<W> {
         self.wireguard.set_device(device, wireguard.port, key).await
     }
 
+    /// Repairs a link without losing the routes through it.
+    async fn set_link(&mut self, device: Device, link: &Link) -> io::Result<()> {
+        let index = link::index(&self.rtnl, device).await?;
+        let routes = route::read(&self.rtnl, &BTreeMap::from([(index, device)])).await?;
+        if link::set(&self.rtnl, device, link).await? && link.up {
+            for ((table, to), route) in routes {
+                if matches!(route, Route::Dev { .. }) {
+                    route::set(&self.rtnl, (table, to), &route, index, false).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The link goes even where nobody holds the device any more: a persistent TUN outlives its tunnel.
     async fn delete_device(&mut self, device: Device) -> io::Result<()> {
         let let_go = self.wireguard.del_device(device).await;
@@ -210,7 +224,7 @@ impl<W: WireGuard> Kernel for Linux<W> {
     async fn apply(&mut self, op: &Op) -> io::Result<()> {
         match op {
             Op::SetDevice { device, wireguard } => self.set_device(*device, wireguard).await,
-            Op::SetLink { device, link } => link::set(&self.rtnl, *device, link).await,
+            Op::SetLink { device, link } => self.set_link(*device, link).await,
             Op::SetPeer { device, key, peer, gained } => self.set_peer(*device, key, peer, gained).await,
             Op::GrowNft(nft) => self.set_nft(Some(nft)).await,
             Op::AddRule(rule) => rule::add(&self.rtnl, *rule).await,

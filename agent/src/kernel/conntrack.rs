@@ -185,3 +185,82 @@ fn message(kind: u16, flags: u16, family: u8, attributes: &[u8]) -> Vec<u8> {
 fn malformed(error: netlink_packet_core::DecodeError) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error.to_string())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use super::*;
+    use crate::{
+        kernel::tests::{in_netns, sh},
+        state::Nft,
+    };
+
+    /// A node whose CNI masquerades whatever leaves by eth0, with own addresses that stand for pods'.
+    fn masquerading_node() {
+        sh("ip link add eth0 type veth peer name peer; ip link set peer up; ip link set eth0 up
+            ip addr add 192.168.7.2/24 dev eth0; ip addr add 2001:db8:7::2/64 dev eth0 nodad
+            ip addr add 10.42.0.5/32 dev lo; ip addr add fd42::5/128 dev lo nodad
+            ip route add default via 192.168.7.1; ip route add default via 2001:db8:7::1
+            ip neigh add 192.168.7.1 lladdr 02:00:00:00:00:01 dev eth0
+            ip neigh add 2001:db8:7::1 lladdr 02:00:00:00:00:01 dev eth0
+            nft add table inet cni
+            nft 'add chain inet cni service { type nat hook output priority -100; }'
+            nft add rule inet cni service ip daddr 10.43.0.1 dnat ip to 10.44.0.7
+            nft 'add chain inet cni leave { type nat hook postrouting priority 100; }'
+            nft add rule inet cni leave oifname eth0 udp dport 9 masquerade");
+    }
+
+    fn send(from: &str, to: &str) {
+        let socket = UdpSocket::bind((from.parse::<IpAddr>().unwrap(), 0)).unwrap();
+        socket.send_to(b"ping", to).unwrap();
+    }
+
+    /// Each entry as "source > destination: where replies go".
+    fn entries() -> String {
+        let mut lines: Vec<String> = sh("conntrack -L -f ipv4 2>/dev/null; conntrack -L -f ipv6 2>/dev/null")
+            .lines()
+            .filter(|line| line.starts_with("udp"))
+            .map(|line| {
+                let field =
+                    |name: &str, nth| line.split(' ').filter_map(|word| word.strip_prefix(name)).nth(nth).unwrap();
+                format!("{} > {}: {}\n", field("src=", 0), field("dst=", 0), field("dst=", 1))
+            })
+            .collect();
+        lines.sort();
+        lines.concat()
+    }
+
+    #[test]
+    fn masqueraded_connections_to_remote_ranges_begin_anew_and_keep_their_source() {
+        in_netns(|| async {
+            masquerading_node();
+            let all = || {
+                send("10.42.0.5", "10.44.0.9:9");
+                send("10.42.0.5", "10.44.0.9:10");
+                send("10.42.0.5", "203.0.113.7:9");
+                send("10.42.0.5", "10.43.0.1:9");
+                send("192.168.7.2", "10.44.0.9:9");
+                send("fd42::5", "[fd44::9]:9");
+                send("fd42::5", "[2001:db8:99::9]:9");
+            };
+            all();
+            let before = entries();
+            let net = |text: &str| text.parse::<IpNetwork>().unwrap();
+            let keep_source = BTreeSet::from([
+                (net("10.42.0.0/16"), net("10.44.0.0/16")),
+                (net("10.42.0.0/24"), net("10.45.0.0/24")),
+                (net("fd42::/48"), net("fd44::/48")),
+            ]);
+            crate::kernel::nft::write(Some(&Nft { keep_source: keep_source.clone(), admit: BTreeSet::new() })).unwrap();
+            let forgotten = forget_masqueraded(&keep_source).unwrap();
+            let after = entries();
+            assert_eq!(forget_masqueraded(&keep_source).unwrap(), 0);
+            sh("conntrack -F 2>/dev/null");
+            all();
+            let anew = entries();
+            expect_test::expect![].assert_eq(&format!("{before}-- {forgotten} forgotten\n{after}-- anew\n{anew}"));
+        });
+    }
+}

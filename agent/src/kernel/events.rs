@@ -197,7 +197,8 @@ fn netconf_event(payload: &[u8], links: &Links) -> Option<Event> {
         // Writing conf/all/forwarding writes that of every link.
         (NETCONFA_IFINDEX_ALL, true) => Some(Event::Ours),
         (NETCONFA_IFINDEX_ALL, false) => Some(Event::Facts),
-        _ => links.ours(u32::try_from(index).ok()?).then_some(Event::Ours),
+        (_, true) => links.ours(u32::try_from(index).ok()?).then_some(Event::Ours),
+        (_, false) => None,
     }
 }
 
@@ -247,5 +248,84 @@ impl Links {
                 name.as_ref().and_then(|name| name.to_str().ok()).and_then(Device::from_link).is_some()
             }
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::kernel::tests::{in_netns, sh};
+
+    /// Every event up to the moment in which the kernel is silent.
+    async fn heard(watch: &mut Watch) -> BTreeSet<Event> {
+        let mut events = BTreeSet::new();
+        while let Ok(event) = tokio::time::timeout(Duration::from_millis(100), watch.next()).await {
+            events.insert(event);
+        }
+        events
+    }
+
+    fn check(prepare: &str, cause: &str, events: &[Event]) {
+        in_netns(|| async {
+            sh("ip link add eth0 type veth peer name peer; ip link set peer up; ip link set eth0 addrgenmode none up
+                ip addr add 192.168.7.2/24 dev eth0; ip tuntap add carrick-wg0 mode tun
+                ip link set carrick-wg0 addrgenmode none up");
+            sh(prepare);
+            let mut watch = Watch::new().unwrap();
+            // What was so before the watch began is heard of once.
+            sh("ip link set eth0 alias known; ip link set peer alias known; ip link set lo alias known");
+            heard(&mut watch).await;
+            sh(cause);
+            assert_eq!(heard(&mut watch).await, BTreeSet::from_iter(events.iter().copied()), "{cause}");
+        });
+    }
+
+    #[test]
+    fn what_concerns_us_wakes_and_nothing_else() {
+        use Event::{Facts, Ours};
+        let table = "nft add table inet carrick; nft add chain inet carrick x";
+        check("", "ip route add 10.44.0.0/16 dev carrick-wg0 table 7473", &[Ours]);
+        check("", "ip route add throw fd44::/48 table 7474", &[Ours]);
+        check(
+            "",
+            "ip route add 10.44.0.0/16 dev carrick-wg0 table 7472; ip route add 10.1.0.0/16 via 192.168.7.1",
+            &[],
+        );
+        check("", "ip route add default via 192.168.7.1", &[Facts]);
+        check("", "ip rule add pref 11 table 99; ip -6 rule add pref 99 table 7474", &[Ours]);
+        check("", "ip rule add pref 99 table 99", &[]);
+        check("", "ip addr add 10.9.9.9/32 dev carrick-wg0", &[Ours]);
+        check("", "ip addr add 10.9.9.9/32 dev eth0", &[Facts]);
+        check("", "ip link set eth0 mtu 1400", &[Facts]);
+        check("", "ip link set eth0 txqueuelen 77", &[]);
+        check("", "ip link set carrick-wg0 mtu 1400", &[Ours]);
+        check("", "echo 2 > /proc/sys/net/ipv4/conf/carrick-wg0/rp_filter", &[Ours]);
+        check("", "echo 2 > /proc/sys/net/ipv4/conf/eth0/rp_filter", &[]);
+        check("", "echo 1 > /proc/sys/net/ipv6/conf/all/forwarding", &[Facts]);
+        check("", table, &[Ours]);
+        check(table, "nft add rule inet carrick x accept", &[Ours]);
+        check(table, "nft flush ruleset", &[Ours]);
+        check("", "nft add table ip carrick; nft add table inet carrick2; nft add table inet carr", &[]);
+    }
+
+    #[test]
+    fn an_overrun_is_an_event_and_the_next_ones_are_heard() {
+        in_netns(|| async {
+            let mut watch = Watch::with_buffer(1).unwrap();
+            let storm: String =
+                (0..4000).map(|n| format!("route add 10.{}.{}.0/24 dev lo table 99\n", n / 256, n % 256)).collect();
+            sh(&format!("ip -batch - <<'E'\n{storm}E"));
+            assert_eq!(watch.next().await, Event::Overrun);
+            heard(&mut watch).await;
+            sh("ip route add throw 10.44.0.0/16 table 7473");
+            assert_eq!(watch.next().await, Event::Ours);
+            let storm: String = (0..4000).map(|n| format!("add table inet t{n}\n")).collect();
+            sh(&format!("nft -f - <<'E'\n{storm}E"));
+            assert_eq!(watch.next().await, Event::Overrun);
+            heard(&mut watch).await;
+            sh("nft add table inet carrick");
+            assert_eq!(watch.next().await, Event::Ours);
+        });
     }
 }

@@ -161,3 +161,72 @@ fn conditions() -> BTreeSet<Condition> {
     }
     conditions
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::kernel::tests::{in_netns, sh};
+
+    fn check(setup: &str, mtu: u32, addresses: &[&str], conditions: &[Condition]) {
+        let node = in_netns(|| async {
+            sh("ip link add eth0 mtu 1400 type veth peer name p0; ip link add eth1 mtu 1300 type veth peer name p1
+                ip tuntap add carrick-wg0 mode tun; ip link set carrick-wg0 mtu 1280 up
+                for link in p0 p1 eth0 eth1; do ip link set $link addrgenmode none up; done");
+            sh(setup);
+            Reader::new().unwrap().read().await.unwrap()
+        });
+        let expected = Node {
+            underlay_mtu: mtu,
+            addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+            conditions: conditions.iter().copied().collect(),
+        };
+        assert_eq!(node, expected, "{setup}");
+    }
+
+    #[test]
+    fn the_underlay_is_where_the_default_routes_lead_or_where_the_addresses_are() {
+        use Condition::{Ipv4NotForwarding, Ipv6NotForwarding, Ipv6Off};
+        let silent = [Ipv4NotForwarding, Ipv6NotForwarding];
+        let v4 = "ip addr add 192.168.7.2/24 dev eth0; ip route add default via 192.168.7.1;";
+        let v6 = "ip addr add 2001:db8:7::2/64 dev eth1 nodad; ip route add default via 2001:db8:7::1;";
+        let both = ["192.168.7.2", "2001:db8:7::2"];
+        check("", 1500, &[], &silent);
+        check(v4, 1400, &["192.168.7.2"], &silent);
+        check(&[v4, v6].concat(), 1300, &both, &silent);
+        check(&[v4, "ip addr add 10.42.0.1/24 dev eth1"].concat(), 1400, &["10.42.0.1", "192.168.7.2"], &silent);
+        check(
+            "ip addr add 192.168.7.2/24 dev eth0; ip addr add 192.168.8.2/24 dev eth1",
+            1300,
+            &["192.168.7.2", "192.168.8.2"],
+            &silent,
+        );
+        check(
+            "ip addr add 192.168.7.2/24 dev eth0; ip addr add 192.168.8.2/24 dev eth1
+             ip route add default nexthop via 192.168.7.1 nexthop via 192.168.8.1",
+            1300,
+            &["192.168.7.2", "192.168.8.2"],
+            &silent,
+        );
+        check("ip route add unreachable default", 1500, &[], &silent);
+        check("ip addr add 169.254.1.1/16 dev eth0; ip addr add fe80::5/64 dev eth1 nodad", 1500, &[], &silent);
+        check(
+            "ip addr add fd42::1/128 dev lo nodad; ip addr add 10.42.0.1 peer 10.99.0.1 dev eth0",
+            1400,
+            &["10.42.0.1", "fd42::1"],
+            &silent,
+        );
+        check(
+            "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding",
+            1500,
+            &[],
+            &[],
+        );
+        check(
+            "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6",
+            1500,
+            &[],
+            &[Ipv6Off],
+        );
+    }
+}

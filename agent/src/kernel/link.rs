@@ -55,8 +55,9 @@ pub(super) async fn index(rtnl: &Rtnl, device: Device) -> io::Result<u32> {
     existing(rtnl, device).await.map(|seen| seen.index)
 }
 
-/// Gives the link its MTU and switches, takes every address from it, and only then its up or down.
-pub(super) async fn set(rtnl: &Rtnl, device: Device, link: &Link) -> io::Result<()> {
+/// Gives the link its MTU and switches, takes every address from it, and only then its up or down. Returns whether there
+/// were addresses: with the last IPv4 address the kernel flushes the link's IPv4 routes (`fib_inetaddr_event`).
+pub(super) async fn set(rtnl: &Rtnl, device: Device, link: &Link) -> io::Result<bool> {
     let seen = existing(rtnl, device).await?;
     let mut families = vec![AfSpecUnspec::Inet(vec![devconf(&[
         (IPV4_DEVCONF_FORWARDING, link.forwarding.into()),
@@ -70,7 +71,10 @@ pub(super) async fn set(rtnl: &Rtnl, device: Device, link: &Link) -> io::Result<
     message.attributes = vec![LinkAttribute::Mtu(link.mtu), LinkAttribute::AfSpecUnspec(families)];
     rtnl.change(RouteNetlinkMessage::SetLink(message), 0).await?;
 
-    for address in addresses(rtnl).await?.into_iter().filter(|address| address.header.index == seen.index) {
+    let addresses = addresses(rtnl).await?.into_iter().filter(|address| address.header.index == seen.index);
+    let mut had_addresses = false;
+    for address in addresses {
+        had_addresses = true;
         absent_is_done(rtnl.change(RouteNetlinkMessage::DelAddress(address), 0).await)?;
     }
 
@@ -78,7 +82,8 @@ pub(super) async fn set(rtnl: &Rtnl, device: Device, link: &Link) -> io::Result<
     message.header.index = seen.index;
     message.header.change_mask = LinkFlags::Up;
     message.header.flags = if link.up { LinkFlags::Up } else { LinkFlags::empty() };
-    rtnl.change(RouteNetlinkMessage::SetLink(message), 0).await
+    rtnl.change(RouteNetlinkMessage::SetLink(message), 0).await?;
+    Ok(had_addresses)
 }
 
 /// Deletes the link if it exists.

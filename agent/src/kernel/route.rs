@@ -217,3 +217,24 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::kernel::tests::{in_netns, sh};
+
+    #[test]
+    fn foreign_routes_are_not_even_sent() {
+        in_netns(|| async {
+            let rtnl = Rtnl::new().unwrap();
+            let crowd: String =
+                (0..5000).map(|n| format!("route add throw 10.{}.{}.0/24\n", n / 256, n % 256)).collect();
+            sh(&format!("ip -batch - <<'E'\n{crowd}E\nip route add throw 10.44.0.0/16 table 7473"));
+            let mut filter = RouteMessage::default();
+            filter.header.address_family = AddressFamily::Inet;
+            filter.attributes = vec![RouteAttribute::Table(7473)];
+            assert_eq!(rtnl.dump(RouteNetlinkMessage::GetRoute(filter)).await.unwrap().len(), 1);
+        });
+    }
+}

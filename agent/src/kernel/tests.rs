@@ -5,9 +5,9 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     future::Future,
-    io,
+    io::{self, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    process::Command,
+    process::{Command, Stdio},
     time::Duration,
 };
 
@@ -43,22 +43,30 @@ pub(crate) fn in_netns<T: Send, F: Future<Output = T>>(work: impl FnOnce() -> F 
 
 /// Runs a script in the namespace of this thread; fails the test if any command of it fails. Returns its output.
 pub(crate) fn sh(script: &str) -> String {
-    let ran = Command::new("sh").args(["-ec", script]).output().unwrap();
-    assert!(ran.status.success(), "{script}\n{}", String::from_utf8_lossy(&ran.stderr));
+    let mut shell = Command::new("sh")
+        .arg("-e")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    shell.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+    let ran = shell.wait_with_output().unwrap();
+    assert!(ran.status.success(), "{script:.2000}\n{}", String::from_utf8_lossy(&ran.stderr));
     String::from_utf8(ran.stdout).unwrap()
 }
 
-/// A backend whose devices are dummy links, with nothing behind them.
+/// A backend whose devices are persistent TUNs with nothing behind them.
 #[derive(Debug, Default)]
-struct Dummies(BTreeMap<Device, WgDevice>);
+struct Husks(BTreeMap<Device, WgDevice>);
 
-impl WireGuard for Dummies {
+impl WireGuard for Husks {
     async fn read(&mut self) -> io::Result<BTreeMap<Device, WgDevice>> {
         Ok(self.0.clone())
     }
 
     async fn set_device(&mut self, device: Device, port: u16, key: &PrivateKey) -> io::Result<()> {
-        sh(&format!("ip link show {device} >/dev/null 2>&1 || ip link add {device} type dummy"));
+        sh(&format!("ip link show {device} >/dev/null 2>&1 || ip tuntap add {device} mode tun"));
         self.0.insert(device, WgDevice { key: key.public(), port, peers: BTreeMap::new() });
         Ok(())
     }
@@ -71,15 +79,15 @@ impl WireGuard for Dummies {
         _: Option<&PresharedKey>,
         _: &[IpNetwork],
     ) -> io::Result<()> {
-        Err(io::Error::other(format!("{device}: dummies have no peers")))
+        Err(io::Error::other(format!("{device}: nothing here has peers")))
     }
 
     async fn drop_allowed_ips(&mut self, device: Device, _: &PublicKey, _: &[IpNetwork]) -> io::Result<()> {
-        Err(io::Error::other(format!("{device}: dummies have no peers")))
+        Err(io::Error::other(format!("{device}: nothing here has peers")))
     }
 
     async fn remove_peer(&mut self, device: Device, _: &PublicKey) -> io::Result<()> {
-        Err(io::Error::other(format!("{device}: dummies have no peers")))
+        Err(io::Error::other(format!("{device}: nothing here has peers")))
     }
 
     async fn del_device(&mut self, device: Device) -> io::Result<()> {
@@ -91,13 +99,13 @@ fn private(device: Device) -> PrivateKey {
     PrivateKey::new([device.0.get() + 1; 32])
 }
 
-fn linux() -> Linux<Dummies> {
+fn linux() -> Linux<Husks> {
     let private = Device::all().map(private).map(|key| (key.public(), key)).collect();
-    Linux::new(Dummies::default(), Secrets { private, preshared: BTreeMap::new() }).unwrap()
+    Linux::new(Husks::default(), Secrets { private, preshared: BTreeMap::new() }).unwrap()
 }
 
 /// A reading without failures.
-async fn read(kernel: &mut Linux<Dummies>) -> State {
+async fn read(kernel: &mut Linux<Husks>) -> State {
     let reading = kernel.read().await;
     assert!(reading.failed.is_empty(), "{:?}", reading.failed);
     reading.state
@@ -136,12 +144,20 @@ fn steps(wanted: &State, actual: &State) -> Vec<Op> {
     ops
 }
 
-async fn reach(kernel: &mut Linux<Dummies>, wanted: &State) {
+/// For the eye: what differs between two states.
+fn lines(state: &State) -> String {
+    let State { links, wireguard, routes, rules, nft, .. } = state;
+    let routes = routes.iter().map(|((table, to), route)| format!("{to} table {table}: {route:?}\n"));
+    format!("{links:?}\n{wireguard:?}\n{}{rules:?}\n{nft:?}", routes.collect::<String>())
+}
+
+async fn reach(kernel: &mut Linux<Husks>, wanted: &State) {
     let actual = read(kernel).await;
     for op in steps(wanted, &actual) {
         kernel.apply(&op).await.unwrap_or_else(|error| panic!("{op:?}: {error}"));
     }
     let reached = read(kernel).await;
+    assert_eq!(lines(&reached), lines(wanted));
     assert_eq!(&reached, wanted);
     assert_eq!(steps(wanted, &reached), vec![]);
 }
@@ -151,27 +167,28 @@ const OWN: [IpAddr; 2] =
 
 /// A node with a native device, and with what others have put close to what is ours.
 fn foreign() {
-    sh("ip link add eth0 type dummy; ip link set eth0 addrgenmode none up
+    sh("ip link add eth0 type veth peer name carrick-wg; ip link set carrick-wg addrgenmode none up
+        ip link add carrick-wg8 type veth peer name carrick-wg00; ip link set eth0 addrgenmode none up
         ip link property add dev eth0 altname carrick-wg7
         ip addr add 192.168.7.2/24 dev eth0; ip addr add 2001:db8:7::2/64 dev eth0 nodad
         ip addr add 10.42.0.1/32 dev lo; ip addr add fd42::1/128 dev lo nodad
         ip route add default via 192.168.7.1; ip route add default via 2001:db8:7::1
         ip route add 10.44.0.0/16 via 192.168.7.1 table 7472; ip route add unreachable 10.44.0.0/16 table 7475
         ip route add fd44::/48 dev eth0 table 7472; ip route add 10.44.0.0/16 via 192.168.7.3
-        ip link add carrick-wg8 type dummy; ip link add carrick-wg00 type dummy; ip link add carrick-wg type dummy
         ip rule add pref 11 table 7472; ip rule add pref 12 iif lo table 7473; ip rule add pref 13 table 7474
         ip -6 rule add pref 11 table 7474; ip -6 rule add pref 12 table 7473 proto kernel");
-    sh("nft -f - <<E
-        table ip carrick { chain keep_source { type nat hook postrouting priority 100; masquerade; } }
-        table inet carrick2 { set keep4 { type ipv4_addr; elements = { 10.0.0.1 } } }
-        table ip6 nat { chain postrouting { type nat hook postrouting priority srcnat; oifname \"eth0\" masquerade; } }
-E");
+    sh("nft add table ip carrick; nft add table inet carrick2; nft add table ip6 nat
+        nft 'add chain ip carrick keep_source { type nat hook postrouting priority 100; }'
+        nft add rule ip carrick keep_source oifname eth0 masquerade
+        nft 'add chain ip6 nat postrouting { type nat hook postrouting priority 100; }'
+        nft add rule ip6 nat postrouting oifname eth0 masquerade
+        nft 'add set inet carrick2 keep4 { type ipv4_addr; elements = { 10.0.0.1 }; }'");
 }
 
 /// Everything that is not ours, as the tools print it.
 fn others() -> String {
-    sh("ip -details route show table all | grep -Ev 'carrick-wg[0-7] |table 747[34]' || true
-        ip -details -6 route show table all | grep -Ev 'carrick-wg[0-7] |table 747[34]' || true
+    sh("ip -oneline -details route show table all | grep -Ev 'carrick-wg[0-7] |table 747[34]' || true
+        ip -oneline -details -6 route show table all | grep -Ev 'carrick-wg[0-7] |table 747[34]' || true
         ip -details rule | grep -Ev '^11:.*lookup 7473|^12:.*lookup 7474' || true
         ip -details -6 rule | grep -Ev '^11:.*lookup 7473|^12:.*lookup 7474' || true
         for link in lo eth0 carrick-wg8 carrick-wg00 carrick-wg; do ip -details addr show dev $link; done
@@ -263,7 +280,7 @@ proptest! {
             reach(&mut kernel, &second).await;
             // Another process, which remembers nothing.
             let mut restarted = linux();
-            restarted.wireguard = Dummies(kernel.wireguard.0.clone());
+            restarted.wireguard = Husks(kernel.wireguard.0.clone());
             assert_eq!(read(&mut restarted).await, second);
             reach(&mut restarted, &State::default()).await;
             assert_eq!(others(), before);
@@ -462,7 +479,7 @@ fn nothing_is_left_after_a_sweep_of_altered_things() {
         }
         assert_eq!(others(), before);
         let ours = "ip route show table 7473; ip route show table 7474; ip -6 route show table 7473
-            ip -6 route show table 7474; ip rule | grep -E '^1[12]:.*(11:.*7473|12:.*7474)'; ip -o link | grep carrick-wg0
+            ip -6 route show table 7474; ip rule | grep -E '^11:.*lookup 7473|^12:.*lookup 7474'; ip -o link | grep 'carrick-wg0:'
             nft list tables | grep 'inet carrick$'";
         assert_eq!(sh(&format!("( {ours} ) 2>/dev/null || true")), "");
     });
@@ -495,7 +512,7 @@ fn deleting_what_is_not_there_succeeds_and_setting_without_a_device_says_so() {
 fn a_link_is_deleted_even_if_its_tunnel_does_not_answer() {
     in_netns(|| async {
         let mut kernel = linux();
-        sh("ip link add carrick-wg0 type dummy");
+        sh("ip tuntap add carrick-wg0 mode tun");
         let error = kernel.apply(&Op::DelDevice { device: Device(Ordinal::ZERO) }).await.unwrap_err();
         assert_eq!(error.to_string(), "carrick-wg0 is deleted, but not let go of: no such device");
         assert_eq!(read(&mut kernel).await, State::default());

@@ -212,6 +212,14 @@ mod tests {
         expected.assert_eq(&out);
     }
 
+    /// Texts that are refused with one flaw each.
+    fn check_each(texts: &[String], expected: Expect) {
+        let out: Vec<_> = texts.iter().map(|text| rendered(text.as_bytes())).collect();
+        assert!(!out.concat().contains(SECRET), "a secret is shown: {out:?}");
+        assert!(out.iter().all(|out| out.lines().count() == 1), "not one flaw: {out:?}");
+        expected.assert_eq(&out.concat());
+    }
+
     #[test]
     fn every_kind() {
         check(
@@ -311,81 +319,36 @@ mod tests {
 
     #[test]
     fn values_of_the_wrong_type() {
-        check(
-            &format!("{CLUSTER}  id: one\n"),
+        let texts = [
+            format!("{CLUSTER}  id: one\n"),
+            format!("{CLUSTER}  id: {SECRET}\n"),
+            format!("{CLUSTER}  id: 1.5\n"),
+            format!("{CLUSTER}  id: 010\n"),
+            format!("{CLUSTER}  id: 99999999999999999999\n"),
+            format!("{CLUSTER}  id: 1\n  via: hub\n"),
+            format!("{CLUSTER}  id: 1\n  via:\n"),
+            format!("{CLUSTER}  id: 1\n  via: [no]\n"),
+            format!("{CLUSTER}  id: 1\n  via: [1]\n"),
+            format!("{CLUSTER}  - {SECRET}\n"),
+            format!("{ROUTES}  cluster: mn\n"),
+            format!("{ROUTES}  cluster: mn\n  routes:\n  - {{type: Pod}}\n"),
+            CLUSTER.replace("spec:", ""),
+        ];
+        check_each(
+            &texts,
             expect![[r#"
             line 5 (1): spec.id: is a text, must be a whole number
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: {SECRET}\n"),
-            expect![[r#"
             line 5 (1): spec.id: is a text, must be a whole number
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: 1.5\n"),
-            expect![[r#"
             line 5 (1): spec.id: is a number that is not whole or too large, must be a whole number
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: 010\n"),
-            expect![[r#"
             line 5 (1): spec.id: is a text, must be a whole number
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: 99999999999999999999\n"),
-            expect![[r#"
             line 5 (1): spec.id: is a number that is not whole or too large, must be a whole number
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: 1\n  via: hub\n"),
-            expect![[r#"
             line 6 (1): spec.via: is a text, must be a list
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: 1\n  via:\n"),
-            expect![[r#"
             line 6 (1): spec.via: is without a value, must be a list: give it one or leave the field out
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: 1\n  via: [no]\n"),
-            expect![[r#"
             line 6 (1): spec.via[0]: is the boolean false, must be a text: put it in quotes
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: 1\n  via: [1]\n"),
-            expect![[r#"
             line 6 (1): spec.via[0]: is the number 1, must be a text: put it in quotes
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  - {SECRET}\n"),
-            expect![[r#"
             line 5 (1): spec: is a list, must be a mapping
-        "#]],
-        );
-        check(
-            &format!("{ROUTES}  cluster: mn\n"),
-            expect![[r#"
             line 5 (1): spec: the field "routes" is missing
-        "#]],
-        );
-        check(
-            &format!("{ROUTES}  cluster: mn\n  routes:\n  - {{type: Pod}}\n"),
-            expect![[r#"
             line 7 (1): spec.routes[0]: the field "cidr" is missing
-        "#]],
-        );
-        check(
-            &CLUSTER.replace("spec:", ""),
-            expect![[r#"
             line 1 (1): the field "spec" is missing
         "#]],
         );
@@ -393,83 +356,38 @@ mod tests {
 
     #[test]
     fn what_a_document_is() {
-        check(
-            SECRET,
+        let texts = [
+            SECRET.to_owned(),
+            "- a\n".to_owned(),
+            "{}\n".to_owned(),
+            "kind: MeshCluster\n".to_owned(),
+            "kind: MeshCluster\napiVersion: carrick.dev/v1\n".to_owned(),
+            "kind: MeshClutser\napiVersion: carrick.dev/v1alpha1\n".to_owned(),
+            "kind: Deployment\napiVersion: apps/v1\n".to_owned(),
+            format!("kind: {SECRET}\n"),
+            "{apiVersion: v1, kind: Node, metadata: {name: a}}".to_owned(),
+            "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster}".to_owned(),
+            "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster, name: a, metadata: {}}".to_owned(),
+            "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster, metadata: {name: ''}}".to_owned(),
+            CLUSTER.replace("{name: mn}", "\n  name: mn\n  namespace: kube-system"),
+        ];
+        check_each(
+            &texts,
             expect![[r#"
             line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
-        "#]],
-        );
-        check(
-            "- a\n",
-            expect![[r#"
             line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
-        "#]],
-        );
-        check(
-            "{}\n",
-            expect![[r#"
             line 1 (1): kind: is missing: one of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway
-        "#]],
-        );
-        check(
-            "kind: MeshCluster\n",
-            expect![[r#"
             line 1 (1): apiVersion: is missing: carrick.dev/v1alpha1
-        "#]],
-        );
-        check(
-            "kind: MeshCluster\napiVersion: carrick.dev/v1\n",
-            expect![[r#"
             line 2 (1): apiVersion: MeshCluster is of carrick.dev/v1alpha1, not of "carrick.dev/v1"
-        "#]],
-        );
-        check(
-            "kind: MeshClutser\napiVersion: carrick.dev/v1alpha1\n",
-            expect![[r#"
             line 1 (1): kind: "MeshClutser" is unknown, did you mean "MeshCluster"?
-        "#]],
-        );
-        check(
-            "kind: Deployment\napiVersion: apps/v1\n",
-            expect![[r#"
             line 1 (1): kind: "Deployment" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway: take it out of the folder
-        "#]],
-        );
-        check(
-            &format!("kind: {SECRET}\n"),
-            expect![[r#"
             line 1 (1): kind: (not shown) is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway: take it out of the folder
-        "#]],
-        );
-        check(
-            "{apiVersion: v1, kind: Node, metadata: {name: a}}",
-            expect![[r#"
             line 1 (1): kind: Node is not supported yet: take it out of the folder
-        "#]],
-        );
-        check(
-            "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster}",
-            expect![[r#"
             line 1 (1): metadata.name: is missing
-        "#]],
-        );
-        check(
-            "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster, name: a, metadata: {}}",
-            expect![[r#"
             line 1 (1): metadata.name: is missing
-        "#]],
-        );
-        check(
-            "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster, metadata: {name: ''}}",
-            expect![[r#"
             line 1 (1): metadata.name: is empty
+            line 5 (1): metadata.namespace: a MeshCluster belongs to no namespace: leave the field out
         "#]],
-        );
-        check(
-            &CLUSTER.replace("{name: mn}", "\n  name: mn\n  namespace: kube-system"),
-            expect![[r#"
-                line 5 (1): metadata.namespace: a MeshCluster belongs to no namespace: leave the field out
-            "#]],
         );
     }
 
@@ -497,69 +415,32 @@ mod tests {
 
     #[test]
     fn what_is_not_yaml() {
-        check(
-            &format!("{CLUSTER}  id: 1\n---\n{CLUSTER}  id: [1\n"),
+        let texts = [
+            format!("{CLUSTER}  id: 1\n---\n{CLUSTER}  id: [1\n"),
+            format!("{CLUSTER}  id: 1\n  id: 2\n"),
+            format!("{CLUSTER}\tid: 1\n"),
+            format!("{CLUSTER}  id: *nowhere\n"),
+            format!("{CLUSTER}  id: &a [*a]\n"),
+            format!("{CLUSTER}  id: !!js {SECRET}\n"),
+            format!("{CLUSTER}  id: .nan\n"),
+            format!("{CLUSTER}  {SECRET}: 1\n  {SECRET}: 2\n"),
+            format!("{CLUSTER}  id: \"{SECRET}\n"),
+            "[".repeat(100_000),
+            format!("{CLUSTER}{}", "- ".repeat(1000)),
+        ];
+        check_each(
+            &texts,
             expect![[r#"
             line 11 (2): is not YAML: unclosed bracket '['
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: 1\n  id: 2\n"),
-            expect![[r#"
             line 6 (1): the field "id" is given twice: keep one
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}\tid: 1\n"),
-            expect![[r#"
             line 5 (1): is not YAML: tabs disallowed within this context (block indentation)
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: *nowhere\n"),
-            expect![[r#"
             line 5 (1): an alias (*name) stands for an anchor (&name) that is not there
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: &a [*a]\n"),
-            expect![[r#"
             line 5 (1): an alias (*name) contains itself
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: !!js {SECRET}\n"),
-            expect![[r#"
             line 5 (1): tags (!name) of one's own mean nothing here: leave the tag out
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: .nan\n"),
-            expect![[r#"
             line 5 (1): a number is not finite
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  {SECRET}: 1\n  {SECRET}: 2\n"),
-            expect![[r#"
             line 6 (1): the field (not shown) is given twice: keep one
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}  id: \"{SECRET}\n"),
-            expect![[r#"
             line 6 (1): is not YAML: invalid indentation in multiline quoted scalar
-        "#]],
-        );
-        check(
-            &"[".repeat(100_000),
-            expect![[r#"
             line 1 (1): is not YAML: recursion limit exceeded
-        "#]],
-        );
-        check(
-            &format!("{CLUSTER}{}", "- ".repeat(1000)),
-            expect![[r#"
             line 5 (1): is nested too deeply
         "#]],
         );
