@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     future::Future,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -22,10 +22,10 @@ use crate::{
         events::{self, Event},
         facts,
     },
-    lock::{Lock, LockError},
     plan::member_of,
     reconcile::{Kernel, Outcome, Reading, reconcile},
     resolve::{Resolved, Resolver},
+    run_dir::{Lock, LockError},
     source::{self, Snapshot},
     status::{PeerStatus, RouteStatus, Status, connected},
     status_socket,
@@ -159,7 +159,8 @@ impl Agent {
             keys: Keys::default(),
             view: None,
             started: now,
-            next_pass: now,
+            // The folder's first snapshot comes before that.
+            next_pass: now + FIRST_RETRY,
             retry: FIRST_RETRY,
             told: BTreeSet::new(),
         })
@@ -321,9 +322,4 @@ pub fn with_cause(error: &dyn std::error::Error) -> String {
 
 fn host_name() -> String {
     nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "localhost".to_owned())
-}
-
-/// The agent's files besides its lock; `carrick cleanup` removes them where a crash left them.
-pub fn leftovers(run_dir: &Path) -> [PathBuf; 2] {
-    [status_socket::path(run_dir), run_dir.join("agent.lock")]
 }

@@ -4,8 +4,8 @@
 //! whole list fail to deserialize. What the API server can check of one object on its own is in the schema; what needs
 //! a second object, or cryptography, only `intent` can check. Doc comments of types and fields are the user's manual:
 //! `kubectl explain` prints them.
-// KubeSchema copies each type into the body of a function.
-#![allow(unreachable_pub)]
+// KubeSchema copies each type into the body of a function, and clippy takes the parts of two printer columns for one.
+#![allow(unreachable_pub, clippy::duplicated_attributes)]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
 use kube::{CustomResource, KubeSchema, core::Rule};

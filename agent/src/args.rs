@@ -9,7 +9,7 @@ use crate::names::{MemberName, Ordinal};
 
 /// Joins Kubernetes clusters: pods of one reach pods of another by their own IP, encrypted.
 #[derive(Debug, Parser)]
-#[command(name = "carrick", version, max_term_width = 100)]
+#[command(name = "carrick", version, max_term_width = 100, disable_help_subcommand = true)]
 pub struct Args {
     /// How to write logs to standard error. What is logged follows RUST_LOG, default `info`.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Human, env = "CARRICK_LOG_FORMAT")]

@@ -31,7 +31,7 @@ pub mod kernel;
 pub mod tunnel;
 
 pub mod agent;
-pub mod lock;
+pub mod run_dir;
 pub mod status;
 pub mod status_socket;
 pub mod survey;

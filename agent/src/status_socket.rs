@@ -4,21 +4,20 @@
 
 use std::{
     io,
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{UnixListener, UnixStream},
+    net::UnixStream,
     sync::{mpsc, oneshot},
     task::JoinHandle,
     time::timeout,
 };
 use tracing::debug;
 
-use crate::status::Status;
+use crate::{run_dir::listen, status::Status};
 
 /// A pass takes milliseconds; a hung agent must not hang who asks.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -27,14 +26,9 @@ pub fn path(run_dir: &Path) -> PathBuf {
     run_dir.join("agent.sock")
 }
 
-/// Serves until it is dropped, which removes the socket. The caller holds the lock, so an old socket is nobody's.
+/// Serves until it is dropped, which removes the socket. The caller holds the agent's lock: an old socket is nobody's.
 pub fn serve(path: &Path, ask: mpsc::Sender<oneshot::Sender<Status>>) -> io::Result<Server> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    let listener = listen(path)?;
     let task = tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
             let ask = ask.clone();

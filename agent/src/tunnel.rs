@@ -25,37 +25,38 @@ mod forward;
 mod offload;
 mod peer;
 mod proto;
+#[cfg(test)]
+mod tests;
 mod tun;
 mod uapi;
 mod udp;
 
 use std::{
     collections::BTreeMap,
-    fs::{File, OpenOptions, Permissions, TryLockError},
     future::Future,
-    io::{self, Read as _, Seek as _, Write as _},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use tokio::{
-    net::{UnixListener, UnixStream},
-    sync::Mutex,
-    task::JoinSet,
-};
+use tokio::{net::UnixStream, sync::Mutex, task::JoinSet};
 
 use self::{
     device::Device,
     proto::{Answer, Frame, Request},
     uapi::Uapi,
 };
-use crate::{keys::PrivateKey, names};
+use crate::{
+    kernel,
+    keys::PrivateKey,
+    names,
+    run_dir::{Lock, LockError, listen},
+};
 
 /// The socket's name in the run directory.
-const SOCKET: &str = "tunnel.sock";
-const LOCK: &str = "tunnel.lock";
+pub const SOCKET: &str = "tunnel.sock";
 const TUN_NODE: &str = "/dev/net/tun";
 
 /// What a log filter must hold: below this level gotatun tells of keys and of every packet.
@@ -89,10 +90,10 @@ pub enum TunnelError {
     NoTun(PathBuf),
     #[error("{} is no character device: remove it and run `modprobe tun`", .0.display())]
     NotTun(PathBuf),
-    #[error("CAP_NET_ADMIN is missing: run as root, or add NET_ADMIN to the container's capabilities")]
-    NoNetAdmin,
-    #[error("another tunnel (pid {pid}) holds {}: stop it, or use another run directory", .lock.display())]
-    Locked { lock: PathBuf, pid: String },
+    #[error(transparent)]
+    Privileges(#[from] kernel::Unprivileged),
+    #[error(transparent)]
+    Lock(#[from] LockError),
     #[error("{}: {source}", .path.display())]
     Path { path: PathBuf, source: io::Error },
 }
@@ -113,13 +114,11 @@ pub fn runtime(threads: Option<usize>) -> io::Result<tokio::runtime::Runtime> {
 /// Before anything is changed: no `/dev/net/tun`, no CAP_NET_ADMIN, or another tunnel in the same run directory.
 pub async fn serve(options: TunnelOptions, shutdown: impl Future<Output = ()>) -> Result<(), TunnelError> {
     tun::check_node(Path::new(TUN_NODE))?;
-    if !has_net_admin(&std::fs::read_to_string("/proc/self/status").map_err(at("/proc/self/status"))?) {
-        return Err(TunnelError::NoNetAdmin);
-    }
-    for dir in [&options.run_dir, &options.uapi_dir] {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
-    }
-    let _lock = lock(&options.run_dir.join(LOCK))?;
+    kernel::check_privileges()?;
+    let uapi_dir = options.uapi_dir.clone();
+    let uapi_dir_is_ours = !uapi_dir.exists();
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&uapi_dir).map_err(at(&uapi_dir))?;
+    let _lock = Lock::take(&options.run_dir, "tunnel")?;
     let socket = options.run_dir.join(SOCKET);
     let listener = listen(&socket).map_err(at(&socket))?;
     tracing::info!(socket = %socket.display(), "tunnel runs");
@@ -146,53 +145,15 @@ pub async fn serve(options: TunnelOptions, shutdown: impl Future<Output = ()>) -
     for (_, Running { device, .. }) in std::mem::take(&mut tunnel.lock().await.devices) {
         device.stop().await;
     }
+    if uapi_dir_is_ours && std::fs::read_dir(&uapi_dir).is_ok_and(|mut entries| entries.next().is_none()) {
+        std::fs::remove_dir(&uapi_dir).map_err(at(&uapi_dir))?;
+    }
     std::fs::remove_file(&socket).map_err(at(&socket))
 }
 
 fn at(path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> TunnelError {
     let path = path.as_ref().to_owned();
     move |source| TunnelError::Path { path, source }
-}
-
-/// Whether the effective capabilities in `/proc/PID/status` hold CAP_NET_ADMIN.
-fn has_net_admin(status: &str) -> bool {
-    const CAP_NET_ADMIN: u32 = 12;
-    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask >> CAP_NET_ADMIN & 1 == 1)
-}
-
-/// Takes the lock and writes our pid into it. The file stays: to remove it could part two holders.
-fn lock(path: &Path) -> Result<File, TunnelError> {
-    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
-    let mut file = open.map_err(at(path))?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            let mut pid = String::new();
-            file.read_to_string(&mut pid).map_err(at(path))?;
-            return Err(TunnelError::Locked { lock: path.to_owned(), pid: pid.trim().to_owned() });
-        }
-        Err(TryLockError::Error(err)) => return Err(at(path)(err)),
-    }
-    file.set_len(0)
-        .and_then(|()| file.rewind())
-        .and_then(|()| writeln!(file, "{}", std::process::id()))
-        .map_err(at(path))?;
-    Ok(file)
-}
-
-/// Listens on a socket that only root may use, in the place of a stale one.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    // Bound aside and moved: at no moment is it there with other permissions.
-    let aside = path.with_extension("new");
-    match std::fs::remove_file(&aside) {
-        Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
-        _ => {}
-    }
-    let listener = UnixListener::bind(&aside)?;
-    std::fs::set_permissions(&aside, Permissions::from_mode(0o600))?;
-    std::fs::rename(&aside, path)?;
-    Ok(listener)
 }
 
 /// Answers one agent until it closes. What it sends cannot end the tunnel.

@@ -66,16 +66,16 @@ pub(super) fn parse(text: &str) -> Result<IpNetwork, Refusal> {
 }
 
 fn touching(range: IpNetwork, reason: Reason, what: &str) -> String {
-    match range.ip() {
-        _ if range.prefix() == 0 => {
-            format!("{range} is a default route, which no member may claim: name the ranges that pods use")
-        }
-        IpAddr::V6(ip) if reason == Reason::V4Mapped && range.prefix() >= 96 => {
-            let ip = Ipv4Addr::from_bits(ip.to_bits() as u32);
-            format!("{range} is an IPv4 range in IPv6 form: write {ip}/{}", range.prefix() - 96)
-        }
-        _ => format!("{range} overlaps {what}, which cannot be routed: name the ranges that pods use"),
+    if range.prefix() == 0 {
+        return format!("{range} is a default route, which no member may claim: name the ranges that pods use");
     }
+    if let (Reason::V4Mapped, IpAddr::V6(ip), 96..) = (reason, range.network(), range.prefix()) {
+        let plain = format!("{}/{}", Ipv4Addr::from_bits(ip.to_bits() as u32), range.prefix() - 96);
+        if parse(&plain).is_ok() {
+            return format!("{range} is an IPv4 range in IPv6 form: write {plain}");
+        }
+    }
+    format!("{range} overlaps {what}, which cannot be routed: name the ranges that pods use")
 }
 
 /// What the range is without its host bits.
@@ -90,13 +90,13 @@ fn syntax(text: &str) -> Result<IpNetwork, Refusal> {
     let Some((ip, prefix)) = text.split_once('/').filter(|_| text.len() <= CIDR_CHARS) else {
         return bad(match text.parse::<IpAddr>() {
             Ok(ip) => format!("{ip} has no prefix length: did you mean {}?", IpNetwork::from(ip)),
-            Err(_) => format!("{} is no address range: write it like 10.42.0.0/16", quoted(text)),
+            Err(_) => format!("{} is no address range: write it like 10.42.0.0/16 or fd00:42::/48", quoted(text)),
         });
     };
     let plain = prefix.bytes().all(|c| c.is_ascii_digit()) && (prefix == "0" || !prefix.starts_with('0'));
     let parsed = (ip.parse(), prefix.parse().ok().filter(|_| plain));
     let (Ok(ip), Some(prefix)) = parsed else {
-        return bad(format!("{} is no address range: write it like 10.42.0.0/16", quoted(text)));
+        return bad(format!("{} is no address range: write it like 10.42.0.0/16 or fd00:42::/48", quoted(text)));
     };
     let longest = if IpAddr::is_ipv4(&ip) { 32 } else { 128 };
     let too_long = format!("{} has a prefix longer than /{longest}: shorten it", quoted(text));

@@ -6,7 +6,7 @@ mod laws;
 use std::fmt::Write;
 
 use expect_test::{Expect, ExpectFile, expect, expect_file};
-use kube::core::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::*;
 use crate::api::*;
@@ -224,7 +224,7 @@ macro_rules! cases {
 }
 
 cases! {
-    ranges: 96,
+    ranges: 97,
     endpoints: 79,
     keys: 26,
     members: 45,
@@ -232,6 +232,22 @@ cases! {
     conflicts: 17,
     view: 21,
     warned: 6,
+}
+
+#[test]
+fn every_reason_has_a_case() {
+    let cases = [
+        include_str!("cases/ranges.txt"),
+        include_str!("cases/endpoints.txt"),
+        include_str!("cases/keys.txt"),
+        include_str!("cases/members.txt"),
+        include_str!("cases/routes.txt"),
+        include_str!("cases/view.txt"),
+        include_str!("cases/conflicts.txt"),
+    ];
+    for reason in Reason::ALL {
+        assert!(cases.iter().any(|cases| cases.contains(&format!(": {reason}: "))), "{reason} has no case");
+    }
 }
 
 /// The folder as users write it.

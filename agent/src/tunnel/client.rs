@@ -31,6 +31,7 @@ const RETRY: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub struct Client {
     path: PathBuf,
+    timeout: Duration,
     stream: Option<UnixStream>,
     socket_drops: BTreeMap<Device, u32>,
 }
@@ -38,7 +39,7 @@ pub struct Client {
 impl Client {
     /// A client of the tunnel with this run directory. Does not connect yet.
     pub fn new(run_dir: &Path) -> Client {
-        Client { path: run_dir.join(super::SOCKET), stream: None, socket_drops: BTreeMap::new() }
+        Client { path: run_dir.join(super::SOCKET), timeout: TIMEOUT, stream: None, socket_drops: BTreeMap::new() }
     }
 
     /// Tells when the tunnel goes or comes, over a connection of its own.
@@ -51,20 +52,25 @@ impl Client {
         &self.socket_drops
     }
 
+    #[cfg(test)]
+    pub(super) fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
     /// One request and its answer. All requests say how things should be, so one that may or may not have arrived
     /// before the connection broke is sent again.
     async fn call(&mut self, request: Request) -> io::Result<Answer> {
         let body = request.encode();
         let reused = self.stream.is_some();
-        let answer = match timeout(TIMEOUT, self.exchange(&body)).await {
+        let answer = match timeout(self.timeout, self.exchange(&body)).await {
             Ok(Err(err)) if reused && is_broken(&err) => {
                 self.stream = None;
-                timeout(TIMEOUT, self.exchange(&body)).await
+                timeout(self.timeout, self.exchange(&body)).await
             }
             answer => answer,
         };
         let answer = answer.unwrap_or_else(|_| {
-            let why = format!("no answer within {} s; is it hanging or stopped?", TIMEOUT.as_secs());
+            let why = format!("no answer within {:?}; is it hanging or stopped?", self.timeout);
             Err(io::Error::new(io::ErrorKind::TimedOut, why))
         });
         match answer {

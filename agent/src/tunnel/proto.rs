@@ -539,7 +539,7 @@ mod tests {
         let config = (any_endpoint(), any::<u16>(), prop::option::of(any::<[u8; 32]>()))
             .prop_map(|(endpoint, keepalive, psk)| PeerConfig { endpoint, keepalive, psk: psk.map(PresharedKey::new) });
         prop_oneof![
-            Just(Request::Read),
+            Just(()).prop_map(|()| Request::Read),
             (any_device(), 1u16.., any::<[u8; 32]>()).prop_map(|(device, port, key)| Request::SetDevice {
                 device,
                 port,
@@ -580,7 +580,7 @@ mod tests {
             );
         let kind = prop::sample::select(Refusal::ALL.map(|(refusal, ..)| refusal).to_vec());
         prop_oneof![
-            Just(Answer::Done),
+            Just(()).prop_map(|()| Answer::Done),
             prop::collection::btree_map(any_device(), reading, 0..4).prop_map(Answer::Devices),
             (kind, ".*").prop_map(|(kind, message)| Answer::Refused { kind, message }),
         ]

@@ -6,7 +6,7 @@ use proptest::{collection::vec, option, prelude::*, sample::select};
 use super::*;
 use crate::intent::{
     folder::supported,
-    prefix::{self, covers},
+    prefix::{self, Ranges, covers},
 };
 
 const NAMES: [&str; 7] = ["aa", "bb", "cc", "dd", "ee", "ff", "No"];
@@ -42,17 +42,15 @@ fn any_gateway() -> impl Strategy<Value = GatewaySpec> {
     })
 }
 
-fn any_cluster() -> impl Strategy<Value = MeshCluster> {
+fn any_cluster() -> impl Strategy<Value = MeshClusterSpec> {
     let rarely = |list: &'static [&'static str]| prop_oneof![15 => Just(Vec::new()), 1 => texts(list, 1)];
+    let everything = vec!["10.0.0.0/8".to_owned(), "fd00::/32".to_owned()];
+    let allowed = prop_oneof![2 => Just(everything), 1 => texts(&RANGES, 4)];
     let keepalive = option::weighted(0.2, select(vec![0, 25, 65536]));
-    let parts = (vec(any_gateway(), 0..4), texts(&RANGES, 4), keepalive, rarely(&["mn.internal"]), rarely(&NAMES));
-    (select(&NAMES[..]), 0..8i64, parts).prop_map(
-        |(name, id, (gateways, allowed_cidrs, keepalive, dns_aliases, via))| {
-            let persistent_keepalive_seconds = keepalive;
-            let spec = MeshClusterSpec { id, gateways, allowed_cidrs, persistent_keepalive_seconds, dns_aliases, via };
-            MeshCluster { metadata: named(name), spec, status: None }
-        },
-    )
+    let parts = (vec(any_gateway(), 0..4), allowed, keepalive, rarely(&["mn.internal"]), rarely(&NAMES));
+    (0..8i64, parts).prop_map(|(id, (gateways, allowed_cidrs, persistent_keepalive_seconds, dns_aliases, via))| {
+        MeshClusterSpec { id, gateways, allowed_cidrs, persistent_keepalive_seconds, dns_aliases, via }
+    })
 }
 
 fn any_route() -> impl Strategy<Value = AdvertisedRoute> {
@@ -74,13 +72,19 @@ fn any_advertisement() -> impl Strategy<Value = RouteAdvertisementSpec> {
     })
 }
 
-/// Folders in which much collides. Advertisements have names of their own, as everywhere; members may not.
+/// Folders in which much collides. Advertisements have names of their own, as everywhere; a member may not.
 fn any_objects() -> impl Strategy<Value = Objects> {
-    (vec(any_cluster(), 0..8), vec(any_advertisement(), 0..10)).prop_map(|(clusters, specs)| {
-        let advertisement = |(i, spec)| RouteAdvertisement { metadata: named(&format!("r{i}")), spec, status: None };
-        let advertisements = specs.into_iter().enumerate().map(advertisement).collect();
-        Objects { clusters, advertisements, ..Objects::default() }
-    })
+    let names = (Just(NAMES.to_vec()).prop_shuffle(), option::weighted(0.1, select(&NAMES[..])));
+    (names, vec(any_cluster(), 0..8), vec(any_advertisement(), 0..12)).prop_map(
+        |((names, twice), specs, advertised)| {
+            let cluster = |(name, spec)| MeshCluster { metadata: named(name), spec, status: None };
+            let advertisement =
+                |(i, spec)| RouteAdvertisement { metadata: named(&format!("r{i}")), spec, status: None };
+            let clusters = twice.into_iter().chain(names).zip(specs).map(cluster).collect();
+            let advertisements = advertised.into_iter().enumerate().map(advertisement).collect();
+            Objects { clusters, advertisements, ..Objects::default() }
+        },
+    )
 }
 
 fn any_local() -> impl Strategy<Value = Local> {
@@ -231,12 +235,25 @@ proptest! {
         prop_assert_eq!(held.collect::<BTreeMap<MemberName, BTreeSet<IpNetwork>>>(), holders(&objects, &mesh));
     }
 
+    /// Also where a wider range comes after a narrower one.
+    #[test]
+    fn ranges_find_every_overlap(ranges in vec(select(&RANGES[..11]), 0..8), asked in select(&RANGES[..11])) {
+        let ranges: Vec<IpNetwork> = ranges.iter().map(|range| range.parse().expect("a range")).collect();
+        let asked: IpNetwork = asked.parse().expect("a range");
+        let mut held = Ranges::default();
+        ranges.iter().for_each(|range| held.insert(*range, *range));
+        let found = held.overlapping(asked).map(|(_, range)| *range);
+        prop_assert_eq!(found.is_some(), ranges.iter().any(|range| overlap(*range, asked)));
+        prop_assert!(found.is_none_or(|range| overlap(range, asked)));
+    }
+
     /// What a member has is decided by those before it alone, so the lower id wins every conflict.
     #[test]
     fn later_members_take_nothing_from_earlier_ones(objects in any_objects(), last in 1..8i64) {
         let (all, _) = mesh(&objects, DOMAIN);
+        let accepted: BTreeSet<Option<String>> = all.members.keys().map(|name| Some(name.to_string())).collect();
         let mut fewer = objects;
-        fewer.clusters.retain(|c| all.members.contains_key(&c.metadata.name.as_deref().unwrap_or_default().parse::<MemberName>().unwrap_or("x".parse().expect("a label"))) && c.spec.id <= last);
+        fewer.clusters.retain(|c| accepted.contains(&c.metadata.name) && c.spec.id <= last);
         let (fewer, _) = mesh(&fewer, DOMAIN);
         let has = |member: &Member| (member.gateways.clone(), member.routes.keys().copied().collect::<Vec<_>>());
         for (name, member) in &all.members {
