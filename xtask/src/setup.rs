@@ -1,6 +1,6 @@
 //! What this machine needs before a command runs, and how it gets it.
 //!
-//! [`plan`] decides, from values; [`ensure`] looks and acts. Invariant: packages are installed without asking only on
+//! [`plan`] decides, from values; [`ensure()`] looks and acts. Invariant: packages are installed without asking only on
 //! what was tried, Debian 12 as root; everywhere else one message names everything that is missing, and nothing is changed.
 
 use std::{
