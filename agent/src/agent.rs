@@ -109,7 +109,9 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
             while timeout(Duration::ZERO, events.next()).await.is_ok() {}
         }
         let snapshot = snapshots.borrow_and_update().clone();
-        let status = agent.pass(cause, snapshot, &resolved.borrow_and_update().clone()).await;
+        // Cloned out of their channel first: a pass makes the resolver write to it.
+        let names = resolved.borrow_and_update().clone();
+        let status = agent.pass(cause, snapshot, &names).await;
         if let Some(reply) = reply {
             // Whoever asked may have gone.
             drop(reply.send(status));

@@ -1,7 +1,8 @@
 //! Which address of a peer to dial, and when to try the next one.
 //!
 //! Pure: time is an argument. A pair with a live session is never touched, because its peer may have roamed. A pair
-//! without an endpoint dials the first address; one that sends and gets no handshake moves on, in order and around.
+//! without an endpoint dials where its peer was last, else the first address; one that sends and gets no handshake
+//! moves on, in order and around.
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
@@ -34,10 +35,12 @@ impl Seen {
     }
 }
 
-/// Remembers, of each pair without a session, since when its present address is on trial.
+/// Remembers, of each pair without a session, since when its present address is on trial; and where its peer was when
+/// it last had one. A WireGuard that starts anew has forgotten that, and behind a NAT there is no other way to know.
 #[derive(Debug, Default)]
 pub struct Dialer {
     trials: BTreeMap<Key, Trial>,
+    last: BTreeMap<Key, SocketAddr>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -63,14 +66,16 @@ impl Dialer {
         seen: &BTreeMap<Key, Seen>,
     ) -> Dial {
         self.trials.retain(|pair, _| candidates.contains_key(pair));
+        self.last.retain(|pair, _| candidates.contains_key(pair));
         let mut dial = Dial::default();
         for (pair, addresses) in candidates {
-            let Some(first) = addresses.first() else { continue };
             let seen = seen.get(pair);
-            if seen.is_some_and(Seen::alive) {
+            if let Some(alive) = seen.filter(|seen| seen.alive()) {
                 self.trials.remove(pair);
+                self.last.extend(alive.endpoint.map(|endpoint| (*pair, endpoint)));
                 continue;
             }
+            let Some(first) = self.last.get(pair).or(addresses.first()) else { continue };
             let tx_bytes = seen.map_or(0, |seen| seen.tx_bytes);
             let fresh = Trial { since: now, tx_bytes, patience: PATIENCE };
             let Some(current) = seen.and_then(|seen| seen.endpoint) else {
@@ -84,7 +89,7 @@ impl Dialer {
                 look_again(&mut dial, trial.since + trial.patience);
             } else if tx_bytes > trial.tx_bytes {
                 *trial = Trial { patience: HOLD, ..fresh };
-                let next = after(addresses, current).unwrap_or(*first);
+                let next = after(addresses, current).or(addresses.first().copied()).unwrap_or(current);
                 if next != current {
                     dial.now.insert(*pair, next);
                 }
@@ -208,6 +213,30 @@ mod tests {
             &[1, 2],
             dead,
             expect![[r#"
+                45 s: 192.0.2.1:27473
+                55 s: 192.0.2.2:27473
+                65 s: 192.0.2.1:27473
+                75 s: 192.0.2.2:27473
+                85 s: 192.0.2.1:27473
+            "#]],
+        );
+    }
+
+    /// A WireGuard that was restarted at second 10, and knows nothing any more.
+    #[test]
+    fn a_pair_that_lost_its_endpoint_dials_where_its_peer_was_last() {
+        let restarted = |second: u64, written: Option<SocketAddr>| match second {
+            0..10 => Some(Seen { endpoint: Some(address(99)), handshake: Some(seconds(1)), tx_bytes: 1 }),
+            _ => Some(Seen { endpoint: written, handshake: None, tx_bytes: second }),
+        };
+        check(&[], restarted, expect!["10 s: 192.0.2.99:27473\n"]);
+        check(
+            &[1, 2],
+            restarted,
+            expect![[r#"
+                10 s: 192.0.2.99:27473
+                25 s: 192.0.2.1:27473
+                35 s: 192.0.2.2:27473
                 45 s: 192.0.2.1:27473
                 55 s: 192.0.2.2:27473
                 65 s: 192.0.2.1:27473

@@ -151,7 +151,12 @@ impl Joined<'_> {
     pub(crate) fn network(&self, member: &str) -> Result<BTreeSet<String>> {
         let lines = snapshot(self.node(member)?)?.into_iter();
         let (links, mut others): (Vec<_>, Vec<_>) = lines.partition(|line| line.starts_with("ip -o"));
-        others.retain(|line| !line.starts_with("find "));
+        let says_nothing = |line: &String| {
+            ["find ", "nft --stateless list ruleset:  (", "nft --stateless list ruleset: } ("]
+                .iter()
+                .any(|start| line.starts_with(start))
+        };
+        others.retain(|line| !says_nothing(line));
         let without_number = |line: &String| match line.splitn(3, ": ").collect::<Vec<_>>()[..] {
             [command, _, rest] => Some(format!("{command}: {rest}")),
             _ => None,

@@ -34,7 +34,7 @@ const DAMAGE: &[&str] = &[
 const FOREIGN: &str = "
     ip -4 rule add priority 11 lookup 7475
     ip -4 rule add priority 13 lookup 7473
-    ip -4 route add 10.44.0.0/16 dev cni0 table 7475
+    ip -4 route add 10.99.0.0/16 dev cni0 table 7475
     ip -4 route add 10.44.0.0/16 dev cni0 metric 4000
     ip link add carrick-wgx type veth peer name carrick-wg00
     nft add table inet carrick2
