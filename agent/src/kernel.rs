@@ -194,9 +194,9 @@ impl<W: WireGuard> Linux<W> {
 
     /// Replaces the nft table; connections that its rules come too late for are then made to begin anew.
     async fn set_nft(&mut self, nft: Option<&Nft>) -> io::Result<()> {
-        self.masqueraded = nft.is_some();
         let wanted = nft.cloned();
         blocking(move || nft::write(wanted.as_ref()).map_err(io::Error::other)).await?;
+        self.masqueraded = nft.is_some();
         if let Some(nft) = nft {
             let pairs = nft.keep_source.clone();
             let forgotten = blocking(move || conntrack::forget_masqueraded(&pairs)).await;

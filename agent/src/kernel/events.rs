@@ -3,7 +3,11 @@
 //! An event says only that there is reason to look; what is the case is then read. So an overrun of the socket, which
 //! loses events, is itself an event and never an error.
 
-use std::{collections::BTreeMap, collections::BTreeSet, io, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    time::Duration,
+};
 
 use netlink_packet_core::{NetlinkBuffer, NetlinkMessage, NetlinkPayload, NlaBuffer, NlasIterator};
 use netlink_packet_route::{RouteNetlinkMessage, link::LinkMessage, route::RouteMessage, rule::RuleMessage};
@@ -54,7 +58,7 @@ const GROUPS: [MulticastGroup; 9] = [
 ];
 
 /// Bytes wanted for each receive buffer; the kernel gives at most net.core.rmem_max.
-const RECEIVE_BUFFER: usize = 1 << 20;
+const RECEIVE_BUFFER: u32 = 1 << 20;
 /// Between attempts on a socket that fails otherwise than by an overrun.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -89,7 +93,7 @@ impl Watch {
         Watch::with_buffer(RECEIVE_BUFFER)
     }
 
-    fn with_buffer(bytes: usize) -> io::Result<Watch> {
+    fn with_buffer(bytes: u32) -> io::Result<Watch> {
         let groups: Vec<u32> = GROUPS.iter().map(|group| *group as u32).collect();
         Ok(Watch {
             rtnetlink: subscribe(NETLINK_ROUTE, &groups, bytes)?,
@@ -124,7 +128,7 @@ impl Watch {
     }
 }
 
-fn subscribe(protocol: isize, groups: &[u32], bytes: usize) -> io::Result<TokioSocket> {
+fn subscribe(protocol: isize, groups: &[u32], bytes: u32) -> io::Result<TokioSocket> {
     let mut socket = TokioSocket::new(protocol)?;
     socket.socket_mut().set_rx_buf_sz(bytes)?;
     socket.socket_mut().bind(&SocketAddr::new(0, 0))?;

@@ -333,16 +333,30 @@ impl Sets {
 
 /// Pairs that cover the same (source, destination) addresses, and each of them once.
 fn disjoint(pairs: &Pairs) -> Pairs {
-    let mut kept: BTreeMap<IpNetwork, Vec<IpNetwork>> = BTreeMap::new();
+    let lengths: BTreeSet<u8> = pairs.iter().map(|(source, _)| source.prefix()).collect();
+    let mut kept: BTreeMap<IpNetwork, BTreeSet<IpNetwork>> = BTreeMap::new();
     // A range sorts before what lies in it, so only ranges that enclose `source` have been here.
     for (source, destination) in pairs {
         let mut rest = vec![*destination];
-        for taken in prefix::enclosing(*source).filter_map(|outer| kept.get(&outer)).flatten() {
-            rest = rest.into_iter().flat_map(|part| prefix::without(part, *taken)).collect();
+        let outer = lengths.iter().filter_map(|length| prefix::around(source.network(), *length));
+        for taken in outer.take_while(|outer| outer.prefix() <= source.prefix()).filter_map(|outer| kept.get(&outer)) {
+            rest = rest.into_iter().flat_map(|part| outside(part, taken)).collect();
         }
         kept.entry(*source).or_default().extend(rest);
     }
     kept.into_iter().flat_map(|(source, parts)| parts.into_iter().map(move |part| (source, part))).collect()
+}
+
+/// What is left of `part` without ranges that do not overlap one another.
+fn outside(part: IpNetwork, taken: &BTreeSet<IpNetwork>) -> Vec<IpNetwork> {
+    // Of such ranges at most the last that sorts before `part` can enclose it.
+    let before = taken.range(..part).next_back();
+    let inside = taken.range(part..).take_while(|inner| part.contains(inner.network()));
+    let mut rest = vec![part];
+    for taken in before.into_iter().chain(inside) {
+        rest = rest.into_iter().flat_map(|part| prefix::without(part, *taken)).collect();
+    }
+    rest
 }
 
 #[cfg(test)]
@@ -405,7 +419,32 @@ mod tests {
             keep_source: BTreeSet::from([(net("10.42.0.0/16"), net("10.44.0.0/16"))]),
             admit: BTreeSet::from([(net("10.44.0.0/16"), net("10.42.0.0/16")), (net("fd44::/48"), net("fd42::1/128"))]),
         };
-        expect_test::expect![].assert_eq(&render(&nft));
+        expect_test::expect![[r#"
+            table inet carrick {}
+            delete table inet carrick
+            table inet carrick {
+              set keep4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 10.42.0.0/16 . 10.44.0.0/16 }; }
+              set admit4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 10.44.0.0/16 . 10.42.0.0/16 }; }
+              set keep4_wanted { type ipv4_addr . mark . ipv4_addr . mark; elements = { 10.42.0.0 . 16 . 10.44.0.0 . 16 }; }
+              set admit4_wanted { type ipv4_addr . mark . ipv4_addr . mark; elements = { 10.44.0.0 . 16 . 10.42.0.0 . 16 }; }
+              set keep6 { type ipv6_addr . ipv6_addr; flags interval; }
+              set admit6 { type ipv6_addr . ipv6_addr; flags interval; elements = { fd44::/48 . fd42::1/128 }; }
+              set keep6_wanted { type ipv6_addr . mark . ipv6_addr . mark; }
+              set admit6_wanted { type ipv6_addr . mark . ipv6_addr . mark; elements = { fd44:: . 48 . fd42::1 . 128 }; }
+              chain keep_source {
+                type nat hook postrouting priority 99; policy accept;
+                ip saddr . ip daddr @keep4 snat ip to ip saddr comment "own to remote: the source stays"
+                ip6 saddr . ip6 daddr @keep6 snat ip6 to ip6 saddr comment "own to remote: the source stays"
+              }
+              chain admit {
+                type filter hook prerouting priority -300; policy accept;
+                iifname != "carrick-wg*" accept comment "not out of a tunnel"
+                ip saddr . ip daddr @admit4 accept comment "offered"
+                ip6 saddr . ip6 daddr @admit6 accept comment "offered"
+                counter drop comment "never offered to its sender"
+              }
+            }
+        "#]].assert_eq(&render(&nft));
     }
 
     #[test]

@@ -10,11 +10,6 @@ pub(super) fn around(address: IpAddr, length: u8) -> Option<IpNetwork> {
     IpNetwork::new(network.network(), length).ok()
 }
 
-/// The prefixes that hold `inner`, from /0 to itself.
-pub(super) fn enclosing(inner: IpNetwork) -> impl Iterator<Item = IpNetwork> {
-    (0..=inner.prefix()).filter_map(move |length| around(inner.network(), length))
-}
-
 /// What is left of `part` without `taken`, of the same family: at most one prefix of each length between theirs.
 pub(super) fn without(part: IpNetwork, taken: IpNetwork) -> Vec<IpNetwork> {
     let covers =

@@ -12,8 +12,10 @@ use std::{
 };
 
 use ipnetwork::IpNetwork;
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::sched::{CloneFlags, unshare};
 use proptest::prelude::*;
+use rtnetlink::MulticastGroup;
 
 use super::{
     Linux, Secrets, WgDevice, WireGuard,
@@ -525,4 +527,165 @@ fn privileges_are_read_from_the_effective_set() {
     assert!(!has_net_admin("CapPrm:\t000001ffffffffff\nCapEff:\t000001ffffffefff\n").unwrap());
     assert!(has_net_admin("Name:\tx\n").is_err());
     super::check_privileges().unwrap();
+}
+
+/// The kinds of the rtnetlink messages that tell of `work`, in their order.
+async fn told(groups: &[MulticastGroup], work: impl Future<Output = io::Result<()>>) -> Vec<u16> {
+    let mut socket = Socket::new(NETLINK_ROUTE).unwrap();
+    socket.bind(&SocketAddr::new(0, 0)).unwrap();
+    groups.iter().for_each(|group| socket.add_membership(*group as u32).unwrap());
+    socket.set_non_blocking(true).unwrap();
+    work.await.unwrap();
+    let datagrams = std::iter::from_fn(|| socket.recv_from_full().ok());
+    datagrams.map(|(datagram, _)| u16::from_ne_bytes([datagram[4], datagram[5]])).collect()
+}
+
+#[test]
+fn repairs_leave_no_gap() {
+    let (new_route, new_rule, del_rule) = (24, 32, 33);
+    in_netns(|| async {
+        foreign();
+        let mut kernel = linux();
+        reach(&mut kernel, &typical()).await;
+        let rules = [MulticastGroup::Ipv4Rule, MulticastGroup::Ipv6Rule];
+        for family in Family::ALL {
+            let rule = Rule { family, table: Table::Closed };
+            let flag = if family == Family::V4 { "-4" } else { "-6" };
+            sh(&format!("ip {flag} rule del pref 12 table 7474; ip {flag} rule add pref 12 iif lo table 7474"));
+            assert_eq!(told(&rules, kernel.apply(&Op::AddRule(rule))).await, [new_rule, del_rule]);
+        }
+        let routes = [MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route];
+        for to in ["10.44.0.0/16", "fd44::/48"] {
+            for route in [Route::Throw, Route::Unreachable, Route::Dev { device: Device(Ordinal::ZERO), source: None }]
+            {
+                let set = Op::SetRoute { table: Table::Remote, to: net(to), route };
+                assert_eq!(told(&routes, kernel.apply(&set)).await, [new_route], "{set:?}");
+            }
+        }
+    });
+}
+
+/// A TUN that this test holds, in place of a tunnel or of a pod's link.
+struct Tun(tun_rs::AsyncDevice);
+
+impl Tun {
+    fn new(name: &str) -> Tun {
+        Tun(tun_rs::DeviceBuilder::new().name(name).build_async().unwrap())
+    }
+
+    async fn send(&self, packet: &[u8]) {
+        self.0.send(packet).await.unwrap();
+    }
+
+    /// Source, destination and protocol of the next packet but those of IPv6's own housekeeping.
+    async fn next(&self) -> (IpAddr, IpAddr, u8) {
+        let mut packet = [0; 2000];
+        loop {
+            let received = tokio::time::timeout(Duration::from_secs(20), self.0.recv(&mut packet)).await;
+            received.expect("a packet").unwrap();
+            let v6 = |at: usize| IpAddr::from(<[u8; 16]>::try_from(&packet[at..at + 16]).unwrap());
+            let v4 = |at: usize| IpAddr::from(<[u8; 4]>::try_from(&packet[at..at + 4]).unwrap());
+            match packet[0] >> 4 {
+                4 => return (v4(12), v4(16), packet[9]),
+                _ if v6(24).is_multicast() => {}
+                _ => return (v6(8), v6(24), packet[6]),
+            }
+        }
+    }
+}
+
+const UDP: u8 = 17;
+
+/// A UDP packet to port 4444 without payload.
+fn udp(from: &str, to: &str) -> Vec<u8> {
+    let datagram = |checksum: u16| [&[0x11, 0x5c, 0x11, 0x5c, 0, 8], checksum.to_be_bytes().as_slice()].concat();
+    match (from.parse().unwrap(), to.parse().unwrap()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let header = |checksum: u16| {
+                let start = [0x45, 0, 0, 28, 0, 0, 0, 0, 64, UDP];
+                [&start, checksum.to_be_bytes().as_slice(), &from.octets(), &to.octets()].concat()
+            };
+            [header(checksum(&header(0))), datagram(0)].concat()
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let pseudo = [&from.octets(), to.octets().as_slice(), &[0, 0, 0, 8, 0, 0, 0, UDP], &datagram(0)].concat();
+            let start = [0x60, 0, 0, 0, 0, 8, UDP, 64];
+            [&start, from.octets().as_slice(), &to.octets(), &datagram(checksum(&pseudo))].concat()
+        }
+        _ => panic!("one family"),
+    }
+}
+
+/// RFC 1071, of an even number of bytes.
+fn checksum(bytes: &[u8]) -> u16 {
+    let sum: u32 = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    !u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap()
+}
+
+#[test]
+fn only_what_was_offered_comes_out_of_a_tunnel_and_answers_keep_their_source() {
+    in_netns(|| async {
+        // The address 10.99.0.1 is what the CNI's masquerade would choose.
+        sh("for a in 10.99.0.1 10.42.0.1 10.42.7.7; do ip addr add $a/32 dev lo; done
+            for a in fd99::1 fd42::1 fd42::7; do ip addr add $a/128 dev lo nodad; done
+            nft add table inet cni; nft 'add chain inet cni out { type nat hook postrouting priority 100; }'
+            nft add rule inet cni out oifname carrick-wg0 masquerade");
+        let tunnel = Tun::new("carrick-wg0");
+        let mut kernel = linux();
+        reach(&mut kernel, &typical()).await;
+        for (own, remote, strangers, node) in [
+            ("10.42.7.7", "10.44.0.9", ["10.45.0.9", "10.42.0.1", "192.168.7.9"], "10.99.0.1"),
+            ("fd42::7", "fd44::9", ["fd45::9", "fd42::1", "2001:db8:7::9"], "fd99::1"),
+        ] {
+            let socket = tokio::net::UdpSocket::bind((own.parse::<IpAddr>().unwrap(), 4444)).await.unwrap();
+            for stranger in strangers {
+                tunnel.send(&udp(stranger, own)).await;
+            }
+            tunnel.send(&udp(remote, node)).await;
+            tunnel.send(&udp(remote, own)).await;
+            let received = tokio::time::timeout(Duration::from_secs(20), socket.recv_from(&mut [0; 9])).await;
+            let (_, sender) = received.expect("the offered packet").unwrap();
+            assert_eq!(sender.ip(), remote.parse::<IpAddr>().unwrap());
+            socket.send_to(b"answer", sender).await.unwrap();
+            assert_eq!(tunnel.next().await, (own.parse().unwrap(), remote.parse().unwrap(), UDP));
+            // Not an answer but a connection of its own, which the CNI would masquerade.
+            socket.send_to(b"question", (remote, 5555)).await.unwrap();
+            assert_eq!(tunnel.next().await, (own.parse().unwrap(), remote.parse().unwrap(), UDP));
+        }
+        let chain = sh("nft list chain inet carrick admit");
+        assert!(chain.contains("counter packets 8 bytes"), "{chain}");
+        // What was dropped has left no trace in connection tracking.
+        assert_eq!(sh("conntrack -L -f ipv4 2>/dev/null; conntrack -L -f ipv6 2>/dev/null").lines().count(), 4);
+    });
+}
+
+#[test]
+fn without_the_tunnels_device_nothing_for_a_remote_range_is_forwarded() {
+    in_netns(|| async {
+        let (pod, out) = (Tun::new("pod0"), Tun::new("out0"));
+        sh("echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
+            for link in pod0 out0; do echo 0 > /proc/sys/net/ipv4/conf/$link/rp_filter; done
+            ip link set pod0 addrgenmode none up; ip link set out0 addrgenmode none up
+            ip addr add 10.42.0.1/32 dev lo; ip addr add fd42::1/128 dev lo nodad
+            ip route add 10.42.0.0/16 dev pod0; ip route add fd42::/48 dev pod0
+            ip route add default dev out0; ip -6 route add default dev out0");
+        let mut kernel = linux();
+        reach(&mut kernel, &typical()).await;
+        kernel.wireguard.0.clear();
+        sh("ip link del carrick-wg0");
+        let (icmp, icmpv6) = (1, 58);
+        for (own, gateway, remote, throw, elsewhere, refusal) in [
+            ("10.42.7.7", "10.42.0.1", "10.44.0.9", Some("10.44.9.9"), "203.0.113.9", icmp),
+            ("fd42::7", "fd42::1", "fd44::9", None, "2001:db8:99::9", icmpv6),
+        ] {
+            pod.send(&udp(own, remote)).await;
+            assert_eq!(pod.next().await, (gateway.parse().unwrap(), own.parse().unwrap(), refusal));
+            // A carved-out address and the rest of the world go on, and are the first that come out.
+            for passing in throw.into_iter().chain([elsewhere]) {
+                pod.send(&udp(own, passing)).await;
+                assert_eq!(out.next().await, (own.parse().unwrap(), passing.parse().unwrap(), UDP));
+            }
+        }
+    });
 }
