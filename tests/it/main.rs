@@ -1,3 +1,8 @@
 //! Everything that is tested with namespaces, programs or servers: one binary. Needs root.
 
+mod endpoints;
+mod folder;
+mod joined;
 mod lab;
+mod repair;
+mod start;

@@ -60,6 +60,10 @@ impl Carrick {
         Ok(Carrick { binary })
     }
 
+    pub fn path(&self) -> &Path {
+        &self.binary
+    }
+
     /// Makes the keys of every node and writes the folder that all members read.
     pub fn write_mesh(&self, lab: &Lab) -> Result<Mesh> {
         let mesh = Mesh::create(lab.dir("mesh"))?;

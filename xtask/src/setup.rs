@@ -1,6 +1,6 @@
 //! What this machine needs before a command runs, and how it gets it.
 //!
-//! [`plan`] decides, from values; [`ensure`] looks and acts. Invariant: packages are installed without asking only on
+//! [`plan`] decides, from values; [`ensure()`] looks and acts. Invariant: packages are installed without asking only on
 //! what was tried, Debian 12 as root; everywhere else one message names everything that is missing, and nothing is changed.
 
 use std::{
@@ -9,7 +9,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 
 use crate::tools::{self, Tool};
 
@@ -289,14 +289,22 @@ fn lines_to_paste(missing: &[&Need], root: bool, os: &Os) -> Vec<String> {
 /// An error says everything that is missing and how to get it.
 pub fn ensure(command: For, install: bool) -> anyhow::Result<()> {
     let os = Os::parse(&fs::read_to_string("/etc/os-release").unwrap_or_default());
-    let missing: Vec<&Need> =
-        NEEDS.iter().filter(|need| need.by.contains(&command)).filter(|need| !is_there(need.what)).collect();
+    let missing = missing_for(command);
     match plan(command, &missing, &os) {
         Plan::Ready => Ok(()),
         Plan::Refuse(message) => bail!("{}", message.trim_end()),
         Plan::Install(_) if !install => bail!("{}", message(command, &missing, true, &os).trim_end()),
-        Plan::Install(actions) => actions.iter().try_for_each(perform),
+        Plan::Install(actions) => {
+            actions.iter().try_for_each(perform)?;
+            let still: Vec<_> = missing_for(command).iter().map(|need| describe(need.what)).collect();
+            ensure!(still.is_empty(), "installed, and yet not to be found: {}", still.join(", "));
+            Ok(())
+        }
     }
+}
+
+fn missing_for(command: For) -> Vec<&'static Need> {
+    NEEDS.iter().filter(|need| need.by.contains(&command) && !is_there(need.what)).collect()
 }
 
 fn perform(action: &Action) -> anyhow::Result<()> {

@@ -39,7 +39,7 @@ const STEPS: [Step; 7] = [
     },
     Step { name: "doc", needs: None, run: doc },
     Step { name: "deny", needs: None, run: deny },
-    Step { name: "tidy", needs: None, run: || Ok(tidy::check(workspace::root())?.into_ended()) },
+    Step { name: "tidy", needs: None, run: tidy },
     Step { name: "build", needs: None, run: || process::run("build", &mut workspace::build_carrick_command()) },
     Step { name: "test", needs: Some("build"), run: test },
 ];
@@ -57,8 +57,14 @@ fn doc() -> anyhow::Result<process::Ended> {
 /// Advisories are left out: they need the network at every run.
 fn deny() -> anyhow::Result<process::Ended> {
     let mut command = Command::new(tools::CARGO_DENY.path()?);
-    command.current_dir(workspace::root()).args(["--offline", "check", "bans", "licenses", "sources"]);
+    command.current_dir(workspace::root()).args(["--locked", "check", "bans", "licenses", "sources"]);
     process::run("deny (bans, licences, sources; no advisories)", &mut command)
+}
+
+fn tidy() -> anyhow::Result<process::Ended> {
+    let ended = tidy::check(workspace::root())?.into_ended();
+    eprintln!("tidy {}", if ended.success { "ok" } else { "FAILED" });
+    Ok(ended)
 }
 
 /// All tests; those of the lab find the binary that ships by `CARRICK_BIN`.

@@ -34,7 +34,7 @@ fn pure_modules_mention_no_effect() {
         let expected: Vec<_> = problems.iter().map(|problem| format!("{path}:{problem}")).collect();
         check(&[(path, &code)], &expected.iter().map(String::as_str).collect::<Vec<_>>());
     }
-    check(&[("agent/src/source.rs", &code), ("agent/src/planner.rs", &code)], &[]);
+    check(&[("agent/src/source.rs", &code), ("agent/src/planner.rs", &code), ("agent/src/plan/tests.rs", &code)], &[]);
     let prose = rust("// Instantly, or at the Instant that tokio says.\nlet layable = Instants; // aya");
     check(&[("agent/src/plan.rs", &prose)], &[]);
 }

@@ -1,0 +1,157 @@
+//! What somebody does to a node by hand, and what the agent makes of it.
+
+use std::collections::BTreeSet;
+
+use anyhow::ensure;
+use lab::{
+    carrick::{Running, difference},
+    traffic::udp::Flow,
+    wait_for,
+};
+use nix::sys::signal::Signal;
+
+use crate::joined::{CONNECT_LIMIT, Joined, MILLISECOND, SOON, joined};
+
+/// Each is undone by an event: the limit is below the timer's 30 s.
+const DAMAGE: &[&str] = &[
+    "ip -4 route flush table 7473",
+    "ip -6 route flush table 7473",
+    "ip -4 route flush table 7474",
+    "ip -6 route flush table 7474",
+    "ip -4 route replace 10.44.0.0/16 dev cni0 table 7473",
+    "ip -4 route add 10.44.0.0/16 dev cni0 metric 7 table 7473",
+    "ip -4 rule del priority 11 && ip -6 rule del priority 12",
+    "ip -4 rule del priority 12 && ip -4 rule add priority 12 lookup 7474",
+    "nft delete table inet carrick",
+    "nft flush table inet carrick",
+    "ip link set carrick-wg0 down",
+    "ip link set carrick-wg0 mtu 1300",
+    "ip address add 192.0.2.9/32 dev carrick-wg0",
+    "ip link del carrick-wg0",
+];
+
+/// Not ours, though close to what is.
+const FOREIGN: &str = "
+    ip -4 rule add priority 11 lookup 7475
+    ip -4 rule add priority 13 lookup 7473
+    ip -4 route add 10.44.0.0/16 dev cni0 table 7475
+    ip -4 route add 10.44.0.0/16 dev cni0 metric 4000
+    ip link add carrick-wgx type veth peer name carrick-wg00
+    nft add table inet carrick2
+    nft add table ip carrick
+";
+
+#[test]
+fn damage_is_repaired_and_nothing_foreign_is_touched() {
+    joined("repair", |joined| {
+        joined.shell("mn", &format!("set -e\n{FOREIGN}"))?;
+        let before = joined.network("mn")?;
+        ensure!(before.iter().any(|line| line.contains("carrick-wg00")), "the foreign link is seen: {before:#?}");
+        for damage in DAMAGE {
+            joined.shell("mn", damage)?;
+            joined.wait_network("mn", &before, damage)?;
+            joined.wait_reaches("mn", "va")?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn cleanup_leaves_what_is_foreign_and_nothing_else() {
+    joined("cleanup", |joined| {
+        let ours = |line: &String| {
+            line.contains("carrick-wg0") || line.contains(" 7473") || line.contains(" 7474") || line.contains("carrick")
+        };
+        let clean: BTreeSet<String> = joined.network("mn")?.into_iter().filter(|line| !ours(line)).collect();
+        joined.shell("mn", &format!("set -e\n{FOREIGN}"))?;
+        let running = joined.running.remove("mn").expect("it runs");
+        running.agent.terminate(SOON)?;
+        joined.carrick.cleanup(joined.node("mn")?)?;
+        let left = joined.network("mn")?;
+        let foreign = difference(&clean, &left);
+        ensure!(!foreign.iter().any(|line| line.starts_with('-')), "something foreign is gone: {foreign:#?}");
+        for kept in ["lookup 7475", "13:\tfrom all lookup 7473", "table 7475", "metric 4000", "carrick-wgx", "carrick2"]
+        {
+            ensure!(foreign.iter().any(|line| line.contains(kept)), "{kept:?} is gone: {foreign:#?}");
+        }
+        for gone in ["carrick-wg0:", "table 7474", "lookup 7474", "inet carrick {"] {
+            ensure!(!left.iter().any(|line| line.contains(gone)), "{gone:?} is left: {left:#?}");
+        }
+        joined.carrick.cleanup(joined.node("mn")?)?;
+        ensure!(difference(&left, &joined.network("mn")?).is_empty(), "a second cleanup changed something");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_restarted_agent_writes_nothing_and_loses_no_packet() {
+    joined("restart", |joined| {
+        let before = joined.network("mn")?;
+        let (from, to) = (&joined.node("va")?.pods[0].host, &joined.node("mn")?.pods[0].host);
+        let flow = Flow::start(from, to, joined.pod_address("mn")?, MILLISECOND)?;
+        wait_for("an answer", SOON, || flow.first_answer().ok_or_else(|| "none".to_owned()))?;
+        joined.kill_agent("mn")?;
+        let agent = joined.start_agent("mn")?;
+        joined.connected()?;
+        let report = flow.stop()?;
+        ensure!(report.back.lost == 0, "{report:?}");
+        ensure!(difference(&before, &joined.network("mn")?).is_empty());
+        let log = agent.log()?;
+        let restarted = log.rsplit_once("started").expect("it says that it started").1;
+        ensure!(!restarted.contains("wg set") && !restarted.contains("ip route"), "it wrote something: {restarted}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_killed_tunnel_is_filled_again_and_nothing_leaves_in_the_clear_meanwhile() {
+    joined("tunnel", |joined| {
+        let capture = joined.capture("mn")?;
+        let (from, to) = (&joined.node("mn")?.pods[0].host, &joined.node("va")?.pods[0].host);
+        let flow = Flow::start(from, to, joined.pod_address("va")?, MILLISECOND)?;
+        wait_for("an answer", SOON, || flow.first_answer().ok_or_else(|| "none".to_owned()))?;
+        let Running { tunnel, agent } = joined.running.remove("mn").expect("it runs");
+        tunnel.kill()?;
+        joined.wait_status("mn", "that the tunnel is gone", |status| {
+            status["failures"].to_string().contains("`carrick tunnel` does not run") && status["ready"] == false
+        })?;
+        let tunnel = joined.carrick.start_tunnel(joined.node("mn")?)?;
+        joined.running.insert("mn".to_owned(), Running { tunnel, agent });
+        joined.carrick.wait_connected(joined.node("mn")?, &["va"], CONNECT_LIMIT)?;
+        joined.wait_reaches("mn", "va")?;
+        let report = flow.stop()?;
+        let seen = capture.stop()?;
+        eprintln!("a killed tunnel: {} ms without an answer, {} lost", report.back.longest_gap_ms, report.back.lost);
+        ensure!(seen.tunnel > 0 && seen.clear == 0 && seen.missed == 0, "{seen:?}");
+        Ok(())
+    });
+}
+
+/// The agent is stopped, so that nobody repairs it.
+#[test]
+fn without_its_device_nothing_leaves_in_the_clear() {
+    joined("closed", |joined| {
+        joined.running["mn"].agent.signal(Signal::SIGSTOP)?;
+        joined.shell("mn", "ip link del carrick-wg0")?;
+        let capture = joined.capture("mn")?;
+        ensure!(joined.reaches("mn", "va")? == [false, false]);
+        let seen = capture.stop()?;
+        ensure!(seen.clear == 0 && seen.missed == 0, "{seen:?}");
+        joined.running["mn"].agent.signal(Signal::SIGCONT)?;
+        joined.wait_reaches("mn", "va")
+    });
+}
+
+/// The other way round: without Carrick, what the test above looks for is there.
+#[test]
+fn after_cleanup_packets_do_leave_in_the_clear() {
+    joined("open", |joined: &mut Joined<'_>| {
+        joined.running.remove("mn").expect("it runs").agent.terminate(SOON)?;
+        joined.carrick.cleanup(joined.node("mn")?)?;
+        let capture = joined.capture("mn")?;
+        ensure!(joined.reaches("mn", "va")? == [false, false]);
+        let seen = capture.stop()?;
+        ensure!(seen.clear > 0, "{seen:?}");
+        Ok(())
+    });
+}

@@ -1,0 +1,149 @@
+//! What can be wrong when the programs start, and what they say of it.
+
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use anyhow::{Context, Result, ensure};
+use lab::Member;
+
+use crate::joined::{Joined, joined, prepared, says};
+
+fn keys(joined: &Joined<'_>, member: &str) -> Result<std::path::PathBuf> {
+    Ok(joined.node(member)?.host.dir().join("keys"))
+}
+
+fn agent(joined: &Joined<'_>, more: &str) -> Result<String> {
+    let (folder, keys) = (joined.mesh.folder().display(), keys(joined, "mn")?);
+    Ok(format!("agent --config-dir {folder} --cluster-name mn --keys-dir {} {more}", keys.display()))
+}
+
+#[test]
+fn the_second_on_a_node_says_who_is_the_first() {
+    joined("second", |joined| {
+        let running = &joined.running["mn"];
+        for (arguments, lock, first) in [
+            (agent(joined, "")?, "agent.lock", &running.agent),
+            ("tunnel".to_owned(), "tunnel.lock", &running.tunnel),
+            ("cleanup".to_owned(), "agent.lock", &running.agent),
+        ] {
+            let said = joined.refused("mn", "", &arguments)?;
+            let holder = format!("/run/carrick/{lock} is held by process {}", first.pid().context("it runs")?);
+            ensure!(said.contains(&holder), "{arguments}: {said}");
+        }
+        ensure!(joined.reaches("mn", "va")? == [true, true]);
+        Ok(())
+    });
+}
+
+#[test]
+fn what_the_machine_lacks_is_named() {
+    prepared("lacks", &Member::pair(), |joined| {
+        let said = joined.refused("mn", "setpriv --bounding-set -net_admin", &agent(joined, "")?)?;
+        ensure!(said.contains("CAP_NET_ADMIN"), "{said}");
+        let said = joined.refused("mn", "setpriv --bounding-set -net_admin", "tunnel")?;
+        ensure!(said.contains("CAP_NET_ADMIN"), "{said}");
+        let said = joined.refused("mn", "", &agent(joined, "--wireguard kernel")?)?;
+        ensure!(said.contains("--wireguard kernel is not supported yet"), "{said}");
+        joined.shell("mn", "mount -t tmpfs none /dev/net")?;
+        let said = joined.refused("mn", "", "tunnel")?;
+        ensure!(said.contains("/dev/net/tun does not exist"), "{said}");
+        Ok(())
+    });
+}
+
+/// The agent goes on without the key, and takes it as soon as it is right.
+#[test]
+fn a_key_file_that_cannot_be_used_is_named_and_nothing_is_made_up() {
+    prepared("keys", &Member::pair(), |joined| {
+        let file = keys(joined, "mn")?.join("gateway-0");
+        let good = fs::read(&file)?;
+        let mode = |mode| fs::set_permissions(&file, fs::Permissions::from_mode(mode));
+        mode(0o644)?;
+        joined.start()?;
+        joined.wait_status("mn", "the mode", |status| says(status, "problems", "gateway-0: can be read or written"))?;
+        mode(0o600)?;
+        fs::write(&file, &good[..20])?;
+        joined.wait_status("mn", "the length", |status| says(status, "problems", "gateway-0: line 1 is"))?;
+        fs::remove_file(&file)?;
+        joined.wait_status("mn", "that it is missing", |status| {
+            says(status, "problems", "gateway-0: does not exist: make the key with `carrick keys gen`")
+        })?;
+        fs::create_dir(&file)?;
+        joined
+            .wait_status("mn", "that it is no file", |status| says(status, "problems", "gateway-0: is not a file"))?;
+        ensure!(
+            joined.network("mn")?.iter().all(|line| !line.contains("carrick-wg")),
+            "something was made without a key"
+        );
+        fs::remove_dir(&file)?;
+        fs::write(&file, &good)?;
+        mode(0o600)?;
+        joined.connected()
+    });
+}
+
+/// A key that was good stays in use when its file goes bad; a wrong preshared key is never replaced by none.
+#[test]
+fn keys_that_go_bad_take_nothing_away() {
+    joined("bad-psk", |joined| {
+        let before = joined.network("mn")?;
+        fs::remove_file(keys(joined, "mn")?.join("gateway-0"))?;
+        joined
+            .wait_status("mn", "that it is missing", |status| says(status, "problems", "gateway-0: does not exist"))?;
+        ensure!(joined.network("mn")? == before);
+        ensure!(joined.reaches("mn", "va")? == [true, true]);
+        Ok(())
+    });
+}
+
+/// A preshared key on both sides works; neither it nor any private key is in anything that was printed.
+#[test]
+fn no_secret_is_printed() {
+    prepared("secrets", &Member::pair(), |joined| {
+        let psk = "c2hhcmVkIGJ5IHR3byBtZW1iZXJzLCBub3QgcHJpbnQ=";
+        for (member, other) in [("mn", "va"), ("va", "mn")] {
+            let file = keys(joined, member)?.join(format!("psk-{other}"));
+            fs::write(&file, format!("{psk}\n"))?;
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600))?;
+        }
+        joined.shell("mn", "true")?;
+        joined.start()?;
+        joined.connected()?;
+        joined.wait_reaches("mn", "va")?;
+        let mut printed = String::new();
+        for member in ["mn", "va"] {
+            printed += &joined.running[member].agent.log()?;
+            printed += &joined.running[member].tunnel.log()?;
+            printed += &joined.status(member)?.to_string();
+            let carrick = joined.carrick.path().display();
+            let (folder, keys) = (joined.mesh.folder().display(), keys(joined, member)?);
+            printed += &joined.shell(member, &format!(
+                "RUST_LOG=trace {carrick} plan --config-dir {folder} --cluster-name {member} --keys-dir {} --run-dir /run/other 2>&1",
+                keys.display()
+            ))?;
+        }
+        ensure!(printed.contains("preshared-key <"), "the preshared key is in use: {printed}");
+        for member in ["mn", "va"] {
+            let private = fs::read_to_string(keys(joined, member)?.join("gateway-0"))?;
+            ensure!(!printed.contains(private.trim()), "a private key was printed");
+        }
+        ensure!(!printed.contains(psk), "a preshared key was printed");
+        Ok(())
+    });
+}
+
+/// A rotation: both keys are there, the folder says which.
+#[test]
+fn a_key_is_rotated_by_the_folder() {
+    joined("rotate", |joined| {
+        let carrick = joined.carrick.path().display().to_string();
+        let dir = keys(joined, "va")?;
+        let second = joined.shell("va", &format!("{carrick} keys gen --add --keys-dir {}", dir.display()))?;
+        let file = joined.mesh.folder().join("va-cluster.yaml");
+        let text = fs::read_to_string(&file)?;
+        let first = text.split('"').find(|word| word.len() == 44).context("the folder names a key")?.to_owned();
+        joined.mesh.write("va-cluster.yaml", &text.replace(&first, second.trim()))?;
+        joined.wait_status("mn", "the new key", |status| status["peers"][0]["publicKey"] == second.trim())?;
+        joined.connected()?;
+        joined.wait_reaches("va", "mn")
+    });
+}
