@@ -59,7 +59,8 @@ pub fn run(args: &Args) -> Result<bool> {
     Ok(true)
 }
 
-/// From now on, an interrupt ends the lab; whatever is being done in it then fails.
+/// From now on, an interrupt ends the lab and then this process, as a shell reports SIGINT. The thread that works in the
+/// lab need not look: whatever it does there fails.
 pub fn end_on_interrupt(guard: &Arc<Guard>) {
     let guard = Arc::downgrade(guard);
     thread::spawn(move || {
@@ -69,7 +70,7 @@ pub fn end_on_interrupt(guard: &Arc<Guard>) {
                 if let Err(error) = guard.end() {
                     eprintln!("{error:#}");
                 }
-                return;
+                std::process::exit(130);
             }
             drop(guard);
             thread::sleep(Duration::from_millis(20));
@@ -82,7 +83,10 @@ fn up(name: &str, members: &[String], nodes: u8) -> Result<()> {
     let members = (1..).zip(members).map(member).collect::<Result<Vec<_>>>()?;
     let guard = Guard::named(name)?;
     end_on_interrupt(&guard);
-    Lab::build(guard, &members)?.keep()?;
+    let built = Lab::build(guard.clone(), &members).and_then(Lab::keep);
+    // Kept, or being ended by an interrupt: then this waits.
+    guard.end()?;
+    built?;
     print(&guard::load(name)?);
     println!("\nenter a host:  cargo xtask lab enter {name} HOST\nremove it all: cargo xtask lab down {name}");
     Ok(())
