@@ -2,16 +2,29 @@
 //!
 //! Two steps. [`mesh`] looks at the folder alone, so it says the same on every member: shapes, keys, ids, and who
 //! holds which prefix. [`Intent::new`] then takes one member's view: what overlaps its own ranges is refused here and
-//! nowhere else. Both are pure and total: a refused claim never stops the others.
+//! nowhere else. Both are pure and total: a refused claim never stops the others, and changes nothing else.
+//!
+//! Claims are decided in the order of (id, name), the same everywhere: a claim is accepted if it is well-formed and
+//! collides with nothing that an earlier member *holds*. A refused claim holds nothing, so it refuses no other.
+//! Neither the order of the objects nor a timestamp, UID or version is ever looked at.
+
+mod endpoint;
+mod folder;
+mod prefix;
+#[cfg(test)]
+mod tests;
+mod view;
+mod warning;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use ipnetwork::IpNetwork;
 
+pub use self::warning::{Warning, warnings};
 use crate::{
     api::Objects,
     keys::PublicKey,
@@ -29,7 +42,8 @@ pub struct Mesh {
 pub struct Intent {
     /// This cluster; it need not be among `members` yet.
     pub me: MemberName,
-    /// Accepted here, with the routes that are accepted here.
+    /// Accepted here: this member with all its routes, and the others with those routes that they offer to this one
+    /// and that collide with nothing here.
     pub members: BTreeMap<MemberName, Member>,
 }
 
@@ -40,7 +54,7 @@ pub struct Member {
     pub gateways: BTreeMap<Ordinal, Gateway>,
     /// Seconds, 0 (off) to 65535; `None` where the folder is silent: 25 where one side has no endpoint.
     pub keepalive: Option<u16>,
-    /// Accepted claims. No two members hold overlapping prefixes.
+    /// Accepted claims. No two members hold overlapping prefixes; those of one member may contain each other.
     pub routes: BTreeMap<IpNetwork, Route>,
 }
 
@@ -66,12 +80,22 @@ pub enum Host {
     Name(String),
 }
 
-/// A prefix that a member offers.
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Host::Ip(ip) => SocketAddr::new(*ip, self.port).fmt(f),
+            Host::Name(name) => write!(f, "{name}:{}", self.port),
+        }
+    }
+}
+
+/// A prefix that a member offers, of type Pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
     pub offered: Offer,
 }
 
+/// To whom a prefix is offered. `To` of nobody is not `All`: it is what remains where every name was refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Offer {
     All,
@@ -108,17 +132,172 @@ pub enum Kind {
     MeshGateway,
 }
 
-/// Why a claim was refused; the closed list that conditions and metrics use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Reason {
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $reason:ident,)*) => {
+        /// Why a claim was refused; the closed list that conditions and metrics use.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum Reason {
+            $($(#[$doc])* $reason,)*
+        }
+
+        impl Reason {
+            pub const ALL: &[Reason] = &[$(Reason::$reason,)*];
+
+            /// In CamelCase, as a condition's reason.
+            pub fn as_str(self) -> &'static str {
+                match self {
+                    $(Reason::$reason => stringify!($reason),)*
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// What is written is right, but this version cannot do it, and does not pretend to.
     NotYetSupported,
+    /// A list is longer than the schema allows; what is beyond is left out.
+    TooMany,
+
+    /// A member's name that is no DNS label.
+    InvalidName,
+    /// Two MeshClusters with one name: neither is believed.
+    DuplicateName,
+    /// An id outside 1 to 4095.
+    InvalidId,
+    /// An id that another member holds.
+    DuplicateId,
+    /// Seconds outside 0 to 65535.
+    InvalidKeepalive,
+
+    /// An ordinal outside 0 to 7.
+    InvalidOrdinal,
+    /// An ordinal that another gateway of the member holds.
+    DuplicateOrdinal,
+    /// Not base64 of 32 bytes.
+    InvalidKey,
+    /// A key of zeros.
+    ZeroKey,
+    /// A key that is a point of low order (RFC 7748 §6.1).
+    LowOrderKey,
+    /// A key that another slot holds, of this member or another.
+    DuplicateKey,
+    /// A key that this cluster names as its own, under another member.
+    OwnKey,
+
+    /// Not `host:port`.
+    InvalidEndpoint,
+    /// A port outside 1 to 65528.
+    InvalidPort,
+    /// Neither an IP address nor a DNS name.
+    InvalidHost,
+    /// An endpoint's name that would resolve through the tunnel that it starts.
+    InMeshDomain,
+
+    /// Not `address/length`.
+    InvalidCidr,
+    /// Wider than /8 (IPv4) or /32 (IPv6).
+    TooWide,
+    /// Bits set after the prefix.
+    HostBits,
+    /// The unspecified address, or a default route.
+    Unspecified,
+    Loopback,
+    LinkLocal,
+    Multicast,
+    Broadcast,
+    /// An IPv6 form of an IPv4 address.
+    V4Mapped,
+
+    /// Neither Pod, Service nor External.
+    UnknownType,
+    /// The same range twice in one RouteAdvertisement.
+    DuplicateRoute,
+    /// A member that has no accepted MeshCluster: the claim waits for it.
+    UnknownCluster,
+    /// Not inside one of the member's `allowedCIDRs`.
+    OutsideAllowed,
+    /// Overlaps a range that another member holds.
+    HeldByAnother,
+    /// Overlaps a range of this cluster.
+    OwnRange,
+    /// Holds the address of this cluster's API server.
+    ApiServer,
+
+    /// This node's slot, or its key, is not in the folder.
     NotInMesh,
+    /// There is a preshared key for the member, but it cannot be used.
     PresharedKeyUnreadable,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}/{} {}: {:?}: {}", self.kind, self.name, self.field, self.reason, self.message)
+        let name = self.name.escape_debug();
+        write!(f, "{:?}/{name} {}: {}: {}", self.kind, self.field, self.reason, self.message)
+    }
+}
+
+/// Why one value was refused, before it is known where it stands.
+#[derive(Debug)]
+struct Refusal {
+    reason: Reason,
+    message: String,
+}
+
+fn refusal(reason: Reason, message: impl Into<String>) -> Refusal {
+    Refusal { reason, message: message.into() }
+}
+
+/// A user's text for a message: quoted, escaped, and cut where it is long.
+fn quoted(text: &str) -> String {
+    const SHOWN: usize = 80;
+    match text.char_indices().nth(SHOWN) {
+        None => format!("{text:?}"),
+        Some((end, _)) => format!("{:?}...", &text[..end]),
+    }
+}
+
+/// The object that is being read.
+#[derive(Clone, Copy, Debug)]
+struct Place<'a> {
+    kind: Kind,
+    name: &'a str,
+}
+
+/// Collects what is refused.
+#[derive(Debug, Default)]
+struct Refused(BTreeSet<Rejection>);
+
+impl Refused {
+    fn add(&mut self, at: Place<'_>, field: impl Into<String>, refusal: Refusal) {
+        let Refusal { reason, message } = refusal;
+        self.0.insert(Rejection { kind: at.kind, name: at.name.to_owned(), field: field.into(), reason, message });
+    }
+
+    /// The value, or nothing and a rejection.
+    fn accept<T>(&mut self, at: Place<'_>, field: impl Into<String>, parsed: Result<T, Refusal>) -> Option<T> {
+        parsed.map_err(|refusal| self.add(at, field, refusal)).ok()
+    }
+
+    /// The list, as far as the schema allows it.
+    fn first<'a, T>(&mut self, at: Place<'_>, field: &str, list: &'a [T], limit: usize) -> &'a [T] {
+        let Some((kept, _)) = list.split_at_checked(limit).filter(|(_, more)| !more.is_empty()) else {
+            return list;
+        };
+        let message = format!("has {} entries, at most {limit} are allowed: those after that are left out", list.len());
+        self.add(at, field, refusal(Reason::TooMany, message));
+        kept
+    }
+
+    /// In a stable order, without repetitions.
+    fn into_vec(self) -> Vec<Rejection> {
+        self.0.into_iter().collect()
     }
 }
 
@@ -132,17 +311,25 @@ pub struct Local {
     pub api_server: Option<IpAddr>,
 }
 
-/// Validates the folder. `mesh_domain`: under it no endpoint may lie, or the tunnel would need itself to start.
+/// Validates the folder. `mesh_domain`: in it no endpoint may lie, or the tunnel would need itself to start.
+///
+/// The rejections are in a stable order, each once.
 pub fn mesh(objects: &Objects, mesh_domain: &str) -> (Mesh, Vec<Rejection>) {
-    let _ = (objects, mesh_domain);
-    todo!()
+    let domain = mesh_domain.to_ascii_lowercase();
+    let mut refused = Refused::default();
+    let mesh = folder::read(objects, domain.trim_end_matches('.'), &mut refused);
+    (mesh, refused.into_vec())
 }
 
 impl Intent {
-    /// Takes `local`'s view. Refuses the prefixes of others that overlap its own ranges: its own advertisements
-    /// (also those that lost a conflict), [`Local::cidrs`] and [`Local::api_server`].
+    /// Takes `local`'s view of a `mesh` and the `objects` that it was made of.
+    ///
+    /// Refuses the prefixes of others that overlap this cluster's own ranges: its own advertisements (also those that
+    /// lost a conflict), [`Local::cidrs`] and [`Local::api_server`]; and their gateways that carry a key which this
+    /// cluster's own MeshCluster names.
     pub fn new(mesh: &Mesh, objects: &Objects, local: &Local) -> (Intent, Vec<Rejection>) {
-        let _ = (mesh, objects, local);
-        todo!()
+        let mut refused = Refused::default();
+        let intent = view::take(mesh, objects, local, &mut refused);
+        (intent, refused.into_vec())
     }
 }

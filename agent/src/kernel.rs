@@ -1,12 +1,33 @@
 //! The one thin layer of effects: reads what is ours from the kernel, and applies one [`Op`] at a time.
+//!
+//! Invariant: what does not carry our marks (link names, tables, rule priority and table, the nft table) is neither
+//! reported nor changed.
 
-use std::{collections::BTreeMap, io};
+mod conntrack;
+pub mod events;
+pub mod facts;
+mod link;
+pub mod nft;
+mod prefix;
+mod route;
+mod rtnl;
+mod rule;
+#[cfg(test)]
+mod tests;
 
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+};
+
+use ipnetwork::IpNetwork;
+
+use self::rtnl::Rtnl;
 use crate::{
     keys::{PresharedKey, PrivateKey, PskId, PublicKey},
-    names::Device,
-    reconcile::Pair,
-    state::{Link, Peer},
+    names::{Device, Table},
+    reconcile::{Kernel, Layer, Pair, ReadError, Reading},
+    state::{self, Family, Link, Nft, Op, Peer, Route, Rule},
 };
 
 /// The private halves, looked up by what a [`State`](crate::state::State) may hold.
@@ -63,5 +84,211 @@ pub trait WireGuard {
     async fn del_device(&mut self, device: Device) -> io::Result<()>;
 }
 
-/// What the links look like; the netlink half of a reading.
-pub type Links = BTreeMap<Device, Link>;
+/// This node's kernel, in the network namespace in which it was made.
+#[derive(Debug)]
+pub struct Linux<W> {
+    wireguard: W,
+    secrets: Secrets,
+    rtnl: Rtnl,
+    /// Prefixes at which the last reading found a route that is none of ours: where to look closer when setting one.
+    crowded: BTreeSet<(Table, IpNetwork)>,
+    /// Connections are still masqueraded from before the nft table stood. Until they are forgotten it reads as missing, so
+    /// that it is applied again.
+    masqueraded: bool,
+}
+
+impl<W: WireGuard> Linux<W> {
+    /// Must be called on a tokio runtime, which drives the sockets.
+    pub fn new(wireguard: W, secrets: Secrets) -> io::Result<Linux<W>> {
+        let rtnl = Rtnl::new()?;
+        Ok(Linux { wireguard, secrets, rtnl, crowded: BTreeSet::new(), masqueraded: false })
+    }
+
+    /// Replaces the keys that later operations look up.
+    pub fn set_secrets(&mut self, secrets: Secrets) {
+        self.secrets = secrets;
+    }
+
+    async fn read_wireguard(&mut self, reading: &mut Reading) {
+        let devices = keep(reading, Layer::WireGuard, self.wireguard.read().await);
+        for (device, found) in devices {
+            reading.state.wireguard.insert(device, state::WireGuard { key: found.key, port: found.port });
+            for (key, peer) in found.peers {
+                reading.pairs.insert((device, key), peer.pair);
+                reading.state.peers.insert((device, key), peer.peer);
+                reading.state.allowed_ips.extend(peer.allowed_ips.into_iter().map(|to| ((device, to), key)));
+            }
+        }
+    }
+
+    async fn read_links_and_routes(&mut self, reading: &mut Reading) {
+        // A route names its device by index: without the links no route can be told.
+        let (links, devices) = match link::read(&self.rtnl).await {
+            Ok(found) => found,
+            Err(error) => {
+                let routes =
+                    io::Error::new(error.kind(), "the links could not be read, by which routes are understood");
+                reading.failed.extend([
+                    ReadError { layer: Layer::Link, source: error },
+                    ReadError { layer: Layer::Route, source: routes },
+                ]);
+                return;
+            }
+        };
+        reading.state.links = links;
+        reading.state.routes = keep(reading, Layer::Route, route::read(&self.rtnl, &devices).await);
+        let others = reading.state.routes.iter().filter(|(_, route)| **route == Route::Other);
+        self.crowded = others.map(|(place, _)| *place).collect();
+    }
+
+    async fn set_peer(&mut self, device: Device, key: &PublicKey, peer: &Peer, gained: &[IpNetwork]) -> io::Result<()> {
+        let psk = match peer.psk {
+            Some(id) => Some(self.secrets.preshared.get(&id).ok_or_else(|| missing(format!("preshared key {id}")))?),
+            None => None,
+        };
+        self.wireguard.set_peer(device, key, peer, psk, gained).await
+    }
+
+    async fn set_device(&mut self, device: Device, wireguard: &state::WireGuard) -> io::Result<()> {
+        let key = self.secrets.private.get(&wireguard.key);
+        let key = key.ok_or_else(|| missing(format!("private key of {}", wireguard.key)))?;
+        self.wireguard.set_device(device, wireguard.port, key).await
+    }
+
+    /// Repairs a link without losing the routes through it.
+    async fn set_link(&mut self, device: Device, link: &Link) -> io::Result<()> {
+        let index = link::index(&self.rtnl, device).await?;
+        let routes = route::read(&self.rtnl, &BTreeMap::from([(index, device)])).await?;
+        if link::set(&self.rtnl, device, link).await? && link.up {
+            for ((table, to), route) in routes {
+                if matches!(route, Route::Dev { .. }) {
+                    route::set(&self.rtnl, (table, to), &route, index, false).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The link goes even where nobody holds the device any more: a persistent TUN outlives its tunnel.
+    async fn delete_device(&mut self, device: Device) -> io::Result<()> {
+        let let_go = self.wireguard.del_device(device).await;
+        link::delete(&self.rtnl, device).await?;
+        let_go.map_err(|error| io::Error::new(error.kind(), format!("{device} is deleted, but not let go of: {error}")))
+    }
+
+    async fn set_route(&mut self, table: Table, to: IpNetwork, route: &Route) -> io::Result<()> {
+        let index = match route {
+            Route::Dev { device, .. } => link::index(&self.rtnl, *device).await?,
+            _ => 0,
+        };
+        route::set(&self.rtnl, (table, to), route, index, self.crowded.contains(&(table, to))).await?;
+        self.crowded.remove(&(table, to));
+        Ok(())
+    }
+
+    async fn delete_route(&mut self, table: Table, to: IpNetwork) -> io::Result<()> {
+        route::delete(&self.rtnl, table, to, self.crowded.contains(&(table, to))).await?;
+        self.crowded.remove(&(table, to));
+        Ok(())
+    }
+
+    /// Replaces the nft table; connections that its rules come too late for are then made to begin anew.
+    async fn set_nft(&mut self, nft: Option<&Nft>) -> io::Result<()> {
+        self.masqueraded = nft.is_some();
+        let wanted = nft.cloned();
+        blocking(move || nft::write(wanted.as_ref()).map_err(io::Error::other)).await?;
+        if let Some(nft) = nft {
+            let pairs = nft.keep_source.clone();
+            let forgotten = blocking(move || conntrack::forget_masqueraded(&pairs)).await;
+            let forgotten = forgotten.map_err(|error| context("the connection tracking clean-up", &error))?;
+            if forgotten > 0 {
+                tracing::info!(forgotten, "deleted connection tracking entries that were masqueraded");
+            }
+        }
+        self.masqueraded = false;
+        Ok(())
+    }
+}
+
+impl<W: WireGuard> Kernel for Linux<W> {
+    async fn read(&mut self) -> Reading {
+        let mut reading = Reading::default();
+        self.read_wireguard(&mut reading).await;
+        self.read_links_and_routes(&mut reading).await;
+        reading.state.rules = keep(&mut reading, Layer::Rule, rule::read(&self.rtnl).await);
+        let nft = blocking(|| nft::read().map_err(io::Error::other)).await;
+        reading.state.nft = keep(&mut reading, Layer::Nft, nft).filter(|_| !self.masqueraded);
+        reading
+    }
+
+    async fn apply(&mut self, op: &Op) -> io::Result<()> {
+        match op {
+            Op::SetDevice { device, wireguard } => self.set_device(*device, wireguard).await,
+            Op::SetLink { device, link } => self.set_link(*device, link).await,
+            Op::SetPeer { device, key, peer, gained } => self.set_peer(*device, key, peer, gained).await,
+            Op::GrowNft(nft) => self.set_nft(Some(nft)).await,
+            Op::AddRule(rule) => rule::add(&self.rtnl, *rule).await,
+            Op::SetRoute { table, to, route } => self.set_route(*table, *to, route).await,
+            Op::DelRoute { table, to } => self.delete_route(*table, *to).await,
+            Op::DelRule(rule) => rule::delete(&self.rtnl, *rule).await,
+            Op::ShrinkNft(nft) => self.set_nft(nft.as_ref()).await,
+            Op::DropAllowedIps { device, key, lost } => self.wireguard.drop_allowed_ips(*device, key, lost).await,
+            Op::RemovePeer { device, key } => self.wireguard.remove_peer(*device, key).await,
+            Op::DelDevice { device } => self.delete_device(*device).await,
+        }
+    }
+}
+
+/// What removes damage that a reading cannot express: a rule or an nft table of ours that somebody altered reads as
+/// missing. For leaving a node, after the diff; where there is nothing, each does nothing.
+pub fn sweep() -> Vec<Op> {
+    let rules = Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Op::DelRule(Rule { family, table })));
+    rules.chain([Op::ShrinkNft(None)]).collect()
+}
+
+/// Why this process cannot configure the network.
+#[derive(Debug, thiserror::Error)]
+pub enum Unprivileged {
+    #[error("no CAP_NET_ADMIN: run as root, or give the container `capabilities: {{add: [NET_ADMIN]}}` and user 0")]
+    NetAdmin,
+    #[error("cannot read the own capabilities")]
+    Unknown(#[source] io::Error),
+}
+
+/// CAP_NET_ADMIN, include/uapi/linux/capability.h.
+const CAP_NET_ADMIN: u32 = 12;
+
+/// Whether links, routes, rules and nftables may be changed at all.
+pub fn check_privileges() -> Result<(), Unprivileged> {
+    // Of the calling thread: a capability belongs to a thread.
+    let status = fs::read_to_string("/proc/thread-self/status").map_err(Unprivileged::Unknown)?;
+    if has_net_admin(&status).map_err(Unprivileged::Unknown)? { Ok(()) } else { Err(Unprivileged::NetAdmin) }
+}
+
+fn has_net_admin(status: &str) -> io::Result<bool> {
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let bits = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    let bits =
+        bits.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no CapEff in /proc/thread-self/status"))?;
+    Ok(bits & (1 << CAP_NET_ADMIN) != 0)
+}
+
+/// The value, or the default with the layer marked as not read.
+fn keep<T: Default>(reading: &mut Reading, layer: Layer, result: io::Result<T>) -> T {
+    result.unwrap_or_else(|source| {
+        reading.failed.push(ReadError { layer, source });
+        T::default()
+    })
+}
+
+fn missing(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("this node does not have the {what}"))
+}
+
+fn context(what: &str, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{what}: {error}"))
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}

@@ -1,17 +1,42 @@
-//! Carrick's node agent. See ARCHITECTURE.md for the map.
+//! Carrick's node agent, in reading order. ARCHITECTURE.md says where a packet goes and where to change what.
+//!
+//! ```text
+//! folder -> source -> api -> intent ─┐
+//!       keys, names, addresses -> facts ─> plan -> desired state ┐
+//! netlink, nft, tunnel -> kernel::read ----------> actual state  ┴> diff -> [Op] -> kernel::apply
+//! ```
+//! Nothing but [`kernel`] and [`tunnel`] has an effect on the node, and nothing in [`intent`], [`state`], [`plan`] or
+//! [`diff`] does I/O, reads a clock, or looks at the environment.
+
+pub mod args;
+pub mod cli;
+
+pub mod keys;
+pub mod names;
 
 pub mod api;
 pub mod dial;
-pub mod diff;
 pub mod facts;
 pub mod intent;
-pub mod kernel;
-pub mod keys;
-#[cfg(test)]
-mod model;
-pub mod names;
+pub mod keyring;
+pub mod resolve;
+pub mod source;
+
+pub mod diff;
 pub mod plan;
 pub mod reconcile;
-pub mod source;
 pub mod state;
+
+pub mod kernel;
 pub mod tunnel;
+
+pub mod agent;
+pub mod run_dir;
+pub mod status;
+pub mod status_socket;
+pub mod survey;
+
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod scratch;

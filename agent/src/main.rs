@@ -1,1 +1,9 @@
-fn main() {}
+//! `carrick`: the agent, the tunnel, and what an operator asks of them.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    agent::cli::main(agent::args::Args::parse())
+}

@@ -153,6 +153,7 @@ fn route() -> impl Strategy<Value = Route> {
         }),
         1 => Just(Route::Throw),
         1 => Just(Route::Unreachable),
+        1 => Just(Route::Other),
     ]
 }
 
@@ -201,7 +202,11 @@ prop_compose! {
             .filter(|(device, _)| wireguard.contains_key(device))
             .map(|(device, link)| (device, Link::ours(link.mtu)))
             .collect();
-        routes.retain(|_, route| !matches!(route, Route::Dev { device, .. } if !links.contains_key(device)));
+        routes.retain(|_, route| match route {
+            Route::Dev { device, .. } => links.contains_key(device),
+            Route::Throw | Route::Unreachable => true,
+            Route::Other => false,
+        });
         State { links, wireguard, peers, allowed_ips, routes, rules, nft }
     }
 }

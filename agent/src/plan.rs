@@ -403,7 +403,10 @@ mod tests {
             mn 1 gw0@203.0.113.1:27473 10.42.0.0/16 10.42.8.0/24
             va 2 gw0@198.51.100.1:27473 10.44.0.0/16 10.44.0.0/24 10.44.8.0/24
         ";
-        check(mesh, &facts(), expect![[r#"
+        check(
+            mesh,
+            &facts(),
+            expect![[r#"
             wg set carrick-wg0 listen-port 27473 private-key <of K0>
             ip link set carrick-wg0 mtu 1420 addrgenmode none up
             wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+10.44.0.0/24,+10.44.8.0/24
@@ -418,7 +421,8 @@ mod tests {
             ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
             ip route replace 10.44.0.0/24 dev carrick-wg0 src 10.42.0.1 table 7473
             ip route replace 10.44.8.0/24 dev carrick-wg0 src 10.42.0.1 table 7473
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]

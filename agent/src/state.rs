@@ -83,6 +83,9 @@ pub enum Route {
     Throw,
     /// Refused with ICMP: nothing leaves in the clear.
     Unreachable,
+    /// Read, never wanted: what somebody else has put there (another metric, a gateway, a second route), to be replaced
+    /// or removed.
+    Other,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -203,6 +206,7 @@ impl fmt::Display for Route {
             Route::Dev { device, source: Some(source) } => write!(f, "dev {device} src {source}"),
             Route::Throw => f.write_str("throw"),
             Route::Unreachable => f.write_str("unreachable"),
+            Route::Other => f.write_str("(somebody else's)"),
         }
     }
 }

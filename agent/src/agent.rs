@@ -1,0 +1,325 @@
+//! The agent: one loop, a closed list of causes, and the same whole pass for each of them.
+
+use std::{
+    collections::BTreeSet,
+    future::Future,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{sleep, sleep_until, timeout},
+};
+use tracing::{debug, info, warn};
+
+use crate::{
+    args,
+    dial::Dialer,
+    kernel::{
+        self, Linux, Secrets,
+        events::{self, Event},
+        facts,
+    },
+    plan::member_of,
+    reconcile::{Kernel, Outcome, Reading, reconcile},
+    resolve::{Resolved, Resolver},
+    run_dir::{Lock, LockError},
+    source::{self, Snapshot},
+    status::{PeerStatus, RouteStatus, Status, connected},
+    status_socket,
+    survey::{Keys, Survey, View, survey},
+    tunnel::client::Client,
+};
+
+/// Damage is repaired by event; this catches what no event tells of.
+const RESYNC: Duration = Duration::from_secs(30);
+/// Events come in bursts.
+const DEBOUNCE: Duration = Duration::from_millis(50);
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(30);
+
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("--wireguard kernel is not supported yet: use `userspace`, and run `carrick tunnel` beside the agent")]
+    NoKernelWireGuard,
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
+    Privileges(#[from] kernel::Unprivileged),
+    #[error("cannot open netlink sockets")]
+    Netlink(#[source] std::io::Error),
+    #[error("cannot serve {}", path.display())]
+    Socket { path: PathBuf, source: std::io::Error },
+}
+
+/// Why a pass runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    /// The folder changed.
+    Intent,
+    /// Something of ours in the kernel changed, or the tunnel came or went.
+    Kernel,
+    /// A name, an address or a path MTU changed.
+    Facts,
+    /// Nothing in particular.
+    Resync,
+}
+
+/// The backend that is asked for, if it is there.
+pub fn check_backend(backend: &args::Backend) -> Result<(), AgentError> {
+    match backend.wireguard {
+        args::WireGuard::Kernel => Err(AgentError::NoKernelWireGuard),
+        args::WireGuard::Auto | args::WireGuard::Userspace => Ok(()),
+    }
+}
+
+/// Runs until `shutdown` resolves. What is in the kernel stays.
+pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result<(), AgentError> {
+    check_backend(&args.backend)?;
+    kernel::check_privileges()?;
+    let run_dir = args.backend.run_dir.clone();
+    let _lock = Lock::take(&run_dir, "agent")?;
+    let (ask, mut asked) = mpsc::channel(8);
+    let socket = status_socket::path(&run_dir);
+    let _server = status_socket::serve(&socket, ask).map_err(|source| AgentError::Socket { path: socket, source })?;
+    let mut snapshots = source::follow(args.config_dirs.clone());
+    let mut events = events::Watch::new().map_err(AgentError::Netlink)?;
+    let (resolver, mut resolved) = Resolver::new();
+    let client = Client::new(&run_dir);
+    let mut tunnel = client.watch();
+    let mut agent = Agent::new(args, client, resolver)?;
+    info!(cluster = %agent.args.cluster_name, node = agent.node, "started");
+    tokio::pin!(shutdown);
+
+    loop {
+        let mut reply: Option<oneshot::Sender<Status>> = None;
+        let cause = tokio::select! {
+            () = &mut shutdown => break,
+            changed = snapshots.changed() => { changed.expect("the follower outlives us"); Cause::Intent }
+            event = events.next() => cause_of(event),
+            () = tunnel.changed() => Cause::Kernel,
+            changed = resolved.changed() => { changed.expect("the agent holds the resolver"); Cause::Facts }
+            Some(sender) = asked.recv() => { reply = Some(sender); Cause::Resync }
+            () = sleep_until(agent.next_pass.into()) => Cause::Resync,
+        };
+        if cause == Cause::Kernel {
+            sleep(DEBOUNCE).await;
+            while timeout(Duration::ZERO, events.next()).await.is_ok() {}
+        }
+        let snapshot = snapshots.borrow_and_update().clone();
+        let status = agent.pass(cause, snapshot, &resolved.borrow_and_update().clone()).await;
+        if let Some(reply) = reply {
+            // Whoever asked may have gone.
+            drop(reply.send(status));
+        }
+    }
+    info!("stopped; the data plane stays");
+    Ok(())
+}
+
+fn cause_of(event: Event) -> Cause {
+    match event {
+        Event::Facts => Cause::Facts,
+        Event::Ours | Event::Overrun => Cause::Kernel,
+    }
+}
+
+/// What lives from one pass to the next. None of it is the kernel's state: that is read each time.
+struct Agent {
+    args: args::Node,
+    node: String,
+    kernel: Linux<Client>,
+    facts: facts::Reader,
+    resolver: Resolver,
+    dialer: Dialer,
+    keys: Keys,
+    /// The view of the snapshot that it was made from.
+    view: Option<(Arc<Snapshot>, View)>,
+    started: Instant,
+    next_pass: Instant,
+    retry: Duration,
+    /// What was last said, so that it is said once.
+    told: BTreeSet<String>,
+}
+
+impl Agent {
+    fn new(args: args::Node, client: Client, resolver: Resolver) -> Result<Agent, AgentError> {
+        let kernel = Linux::new(client, Secrets::default()).map_err(AgentError::Netlink)?;
+        let facts = facts::Reader::new().map_err(AgentError::Netlink)?;
+        let now = Instant::now();
+        Ok(Agent {
+            node: args.node_name.clone().unwrap_or_else(host_name),
+            args,
+            kernel,
+            facts,
+            resolver,
+            dialer: Dialer::default(),
+            keys: Keys::default(),
+            view: None,
+            started: now,
+            // The folder's first snapshot comes before that.
+            next_pass: now + FIRST_RETRY,
+            retry: FIRST_RETRY,
+            told: BTreeSet::new(),
+        })
+    }
+
+    async fn pass(&mut self, cause: Cause, snapshot: Option<Arc<Snapshot>>, resolved: &Resolved) -> Status {
+        let began = Instant::now();
+        self.next_pass = began + RESYNC;
+        let Some(snapshot) = snapshot else {
+            let folders: Vec<_> = self.args.config_dirs.iter().map(|dir| dir.display().to_string()).collect();
+            let problem = format!("no manifest in {}: nothing is changed until there is one", folders.join(", "));
+            let status = Status { problems: vec![problem], ..self.blank() };
+            self.tell(&status);
+            return status;
+        };
+        if self.view.as_ref().is_none_or(|(of, _)| !Arc::ptr_eq(of, &snapshot)) {
+            let view = View::new(&snapshot, &self.args);
+            self.resolver.follow(&view.endpoint_names());
+            self.view = Some((snapshot, view));
+        }
+        self.keys.refresh(&self.args);
+        self.kernel.set_secrets(self.keys.secrets());
+        let node = match self.facts.read().await {
+            Ok(node) => node,
+            Err(error) => return self.unable(format!("cannot read this node's links and addresses: {error}")),
+        };
+        let reading = self.kernel.read().await;
+        let (_, view) = self.view.as_ref().expect("set above");
+        let clock = (&mut self.dialer, self.started.elapsed());
+        let survey = survey(view, &self.keys, &node, resolved, &reading, &self.args, clock);
+        let outcome = reconcile(&survey.desired, survey.complete, &reading, &mut self.kernel).await;
+        let view = view.clone();
+        self.schedule(&survey, &reading, &outcome);
+        for op in &outcome.applied {
+            info!("{op}");
+        }
+        debug!(?cause, took = ?began.elapsed(), applied = outcome.applied.len(), "pass");
+        let status = self.status(&view, &survey, &reading, &outcome, &node, resolved);
+        self.tell(&status);
+        status
+    }
+
+    /// A pass that cannot even begin. Nothing is changed.
+    fn unable(&mut self, failure: String) -> Status {
+        self.next_pass = Instant::now() + FIRST_RETRY;
+        let status = Status { synced: true, failures: vec![failure], ..self.blank() };
+        self.tell(&status);
+        status
+    }
+
+    fn schedule(&mut self, survey: &Survey, reading: &Reading, outcome: &Outcome) {
+        let failed = !outcome.failed.is_empty() || !reading.failed.is_empty();
+        self.retry = if failed { (self.retry * 2).min(LAST_RETRY) } else { FIRST_RETRY };
+        if failed {
+            self.next_pass = self.next_pass.min(Instant::now() + self.retry);
+        }
+        if let Some(again) = survey.again {
+            self.next_pass = self.next_pass.min(self.started + again);
+        }
+    }
+
+    fn blank(&self) -> Status {
+        Status {
+            cluster: self.args.cluster_name.to_string(),
+            node: self.node.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            wireguard: "userspace".to_owned(),
+            ..Status::default()
+        }
+    }
+
+    fn status(
+        &self,
+        view: &View,
+        survey: &Survey,
+        reading: &Reading,
+        outcome: &Outcome,
+        node: &facts::Node,
+        resolved: &Resolved,
+    ) -> Status {
+        let peers = peers(view, survey, reading);
+        let read = reading.failed.iter().map(|error| with_cause(error));
+        let failures: Vec<String> = read.chain(outcome.failed.iter().map(|error| with_cause(error))).collect();
+        let unresolved = resolved
+            .failed
+            .iter()
+            .map(|(name, why)| format!("endpoint {name} does not resolve: {why}; it is asked again"));
+        let mut problems = view.problems.clone();
+        problems.extend(self.keys.problems.iter().cloned().chain(unresolved));
+        problems.extend(node.conditions.iter().map(ToString::to_string));
+        Status {
+            synced: true,
+            ready: survey.complete && survey.rejected.is_empty() && failures.is_empty() && outcome.withheld == 0,
+            connected: peers.iter().all(|peer| peer.connected),
+            peers,
+            routes: routes(view),
+            rejections: view.rejected.iter().chain(&survey.rejected).map(ToString::to_string).collect(),
+            problems,
+            failures,
+            withheld: outcome.withheld,
+            ..self.blank()
+        }
+    }
+
+    /// Logs what is new since the last pass: trouble as it comes, and when it is gone.
+    fn tell(&mut self, status: &Status) {
+        let lists = [("refused", &status.rejections), ("problem", &status.problems), ("failed", &status.failures)];
+        let now: BTreeSet<String> =
+            lists.iter().flat_map(|(what, list)| list.iter().map(move |one| format!("{what}: {one}"))).collect();
+        now.difference(&self.told).for_each(|new| warn!("{new}"));
+        self.told.difference(&now).for_each(|old| info!("no longer {old}"));
+        self.told = now;
+    }
+}
+
+fn peers(view: &View, survey: &Survey, reading: &Reading) -> Vec<PeerStatus> {
+    let now = SystemTime::now();
+    let wanted = survey.desired.peers.keys();
+    wanted
+        .map(|(device, key)| {
+            let stats = reading.pairs.get(&(*device, *key)).cloned().unwrap_or_default();
+            let age = stats.last_handshake.map(|at| now.duration_since(at).unwrap_or_default());
+            PeerStatus {
+                member: member_of(&view.intent, *device, key).map(ToString::to_string).unwrap_or_default(),
+                device: device.to_string(),
+                public_key: key.to_string(),
+                endpoint: reading.state.peers.get(&(*device, *key)).and_then(|peer| peer.endpoint),
+                connected: connected(age, stats.rx_bytes),
+                handshake_age_seconds: age.map(|age| age.as_secs()),
+                rx_bytes: stats.rx_bytes,
+                tx_bytes: stats.tx_bytes,
+            }
+        })
+        .collect()
+}
+
+fn routes(view: &View) -> Vec<RouteStatus> {
+    let others = view.intent.members.iter().filter(|(name, _)| **name != view.intent.me);
+    let mut routes: Vec<RouteStatus> = others
+        .flat_map(|(name, member)| {
+            let offered = member.routes.iter().filter(|(_, claim)| claim.offered.includes(&view.intent.me));
+            offered.map(|(cidr, _)| RouteStatus { cidr: cidr.to_string(), member: name.to_string() })
+        })
+        .collect();
+    routes.sort_by(|a, b| (&a.member, &a.cidr).cmp(&(&b.member, &b.cidr)));
+    routes
+}
+
+/// An error and what caused it, on one line.
+pub fn with_cause(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+fn host_name() -> String {
+    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "localhost".to_owned())
+}

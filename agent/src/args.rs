@@ -1,0 +1,192 @@
+//! The command line: the only reader of flags and environment.
+
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use ipnetwork::IpNetwork;
+
+use crate::names::{MemberName, Ordinal};
+
+/// Joins Kubernetes clusters: pods of one reach pods of another by their own IP, encrypted.
+#[derive(Debug, Parser)]
+#[command(name = "carrick", version, max_term_width = 100, disable_help_subcommand = true)]
+pub struct Args {
+    /// How to write logs to standard error. What is logged follows RUST_LOG, default `info`.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Human, env = "CARRICK_LOG_FORMAT")]
+    pub log_format: LogFormat,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Human,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs the agent until it is signalled. The data plane stays when it goes.
+    Agent(Node),
+    /// Runs the userspace WireGuard that the agent configures, until it is signalled.
+    Tunnel(Tunnel),
+    /// Shows what this node's agent knows: peers, routes, refusals, problems. Exit code 1 if it is not ready.
+    Status(Status),
+    /// Prints the operations that the agent would perform now, as `ip` and `wg` would do them, and performs none.
+    Plan(Plan),
+    /// Makes and shows this node's WireGuard keys.
+    #[command(subcommand)]
+    Keys(Keys),
+    /// Checks a folder of manifests. Prints every refusal; exit code 1 if there is any.
+    Validate(Validate),
+    /// Removes everything of Carrick's from this node's kernel. Keys and manifests stay.
+    Cleanup(Cleanup),
+}
+
+/// Who this node is, and where its files are.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Node {
+    /// A folder of manifests; may be given several times. It is followed while the agent runs.
+    #[arg(long = "config-dir", value_name = "DIR", required = true)]
+    pub config_dirs: Vec<PathBuf>,
+    /// This cluster's name: that of its MeshCluster.
+    #[arg(long, value_name = "NAME", env = "CARRICK_CLUSTER_NAME")]
+    pub cluster_name: MemberName,
+    /// This node's name; default: the host's.
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    pub node_name: Option<String>,
+    /// The folder of the keys (0700): files gateway-<ordinal> and psk-<member> (0600, base64).
+    #[arg(long, value_name = "DIR", default_value = "/etc/carrick/keys")]
+    pub keys_dir: PathBuf,
+    /// A range of this cluster's own beyond those it advertises, which no other member may claim; may be given several times.
+    #[arg(long = "local-cidr", value_name = "CIDR")]
+    pub local_cidrs: Vec<IpNetwork>,
+    /// The mesh's own DNS domain; no endpoint may lie under it.
+    #[arg(long, value_name = "DOMAIN", default_value = DEFAULT_MESH_DOMAIN)]
+    pub mesh_domain: String,
+    #[command(flatten)]
+    pub backend: Backend,
+}
+
+pub const DEFAULT_MESH_DOMAIN: &str = "mesh.internal";
+
+/// Which WireGuard, and how to reach it.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Backend {
+    /// The folder of sockets and locks.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    pub run_dir: PathBuf,
+    /// Which WireGuard carries the tunnels: `userspace` is `carrick tunnel`.
+    #[arg(long, value_enum, default_value_t = WireGuard::Auto)]
+    pub wireguard: WireGuard,
+    /// UDP port of device 0; device j listens on this + j.
+    #[arg(long, value_name = "PORT", default_value_t = 27473, value_parser = clap::value_parser!(u16).range(1..=65528))]
+    pub wireguard_port: u16,
+}
+
+const DEFAULT_RUN_DIR: &str = "/run/carrick";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WireGuard {
+    /// The userspace one: the kernel's is not supported yet.
+    Auto,
+    Kernel,
+    Userspace,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Tunnel {
+    /// The folder of sockets and locks.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    pub run_dir: PathBuf,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Output {
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub output: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    Json,
+    Yaml,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Status {
+    /// The folder of the agent's socket.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    pub run_dir: PathBuf,
+    #[command(flatten)]
+    pub output: Output,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Plan {
+    #[command(flatten)]
+    pub node: Node,
+    #[command(flatten)]
+    pub output: Output,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum Keys {
+    /// Makes the key of a slot and prints the public half. Never overwrites a key; `--add` puts a second one beside it.
+    Gen {
+        #[command(flatten)]
+        slot: Slot,
+        /// Adds a second key for a rotation: the node uses the one that the folder names.
+        #[arg(long)]
+        add: bool,
+    },
+    /// Prints the public half of a slot's keys.
+    Show {
+        #[command(flatten)]
+        slot: Slot,
+        #[command(flatten)]
+        output: Output,
+    },
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Slot {
+    /// The folder of the keys.
+    #[arg(long, value_name = "DIR", default_value = "/etc/carrick/keys")]
+    pub keys_dir: PathBuf,
+    /// The gateway slot, 0 to 7.
+    #[arg(long, value_name = "N", default_value = "0", value_parser = ordinal)]
+    pub ordinal: Ordinal,
+}
+
+fn ordinal(text: &str) -> Result<Ordinal, String> {
+    text.parse().ok().and_then(Ordinal::new).ok_or_else(|| "an ordinal is 0 to 7".to_owned())
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Validate {
+    /// The folders of manifests.
+    #[arg(value_name = "DIR", required = true)]
+    pub dirs: Vec<PathBuf>,
+    /// Checks this member's view too: what overlaps its own ranges.
+    #[arg(long, value_name = "NAME")]
+    pub cluster_name: Option<MemberName>,
+    /// A range of that member's own beyond those it advertises; may be given several times.
+    #[arg(long = "local-cidr", value_name = "CIDR", requires = "cluster_name")]
+    pub local_cidrs: Vec<IpNetwork>,
+    /// The mesh's own DNS domain; no endpoint may lie under it.
+    #[arg(long, value_name = "DOMAIN", default_value = DEFAULT_MESH_DOMAIN)]
+    pub mesh_domain: String,
+    #[command(flatten)]
+    pub output: Output,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Cleanup {
+    /// Prints the operations and performs none.
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub backend: Backend,
+}

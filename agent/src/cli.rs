@@ -1,0 +1,92 @@
+//! One file per subcommand; each is plan and diff with other ends.
+
+mod cleanup;
+mod keys;
+mod plan;
+mod status;
+mod validate;
+
+use std::{io::IsTerminal, process::ExitCode};
+
+use anyhow::Context;
+use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    agent,
+    args::{self, Args, Command, Format, LogFormat},
+    tunnel::{self, TunnelOptions},
+};
+
+/// Runs the command. Exit code 0: done and well; 1: failed, or the answer is no; 2: the call's words are off.
+pub fn main(args: Args) -> ExitCode {
+    start_logs(args.log_format);
+    let answer = match args.command {
+        Command::Agent(node) => block_on(async { Ok(agent::run(node, shutdown()?).await.map(|()| true)?) }),
+        Command::Tunnel(args) => run_tunnel(args),
+        Command::Status(args) => block_on(status::run(args)),
+        Command::Plan(args) => block_on(plan::run(args)),
+        Command::Keys(args) => keys::run(args),
+        Command::Validate(args) => validate::run(args),
+        Command::Cleanup(args) => block_on(cleanup::run(args)),
+    };
+    match answer {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("carrick: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_tunnel(args: args::Tunnel) -> anyhow::Result<bool> {
+    let options = TunnelOptions { run_dir: args.run_dir, ..TunnelOptions::default() };
+    let runtime = tunnel::runtime(None).context("cannot start the runtime")?;
+    runtime.block_on(async { Ok(tunnel::serve(options, shutdown()?).await.map(|()| true)?) })
+}
+
+/// Runs on one thread: the agent is a loop, and its memory is counted.
+fn block_on(work: impl Future<Output = anyhow::Result<bool>>) -> anyhow::Result<bool> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot start the runtime")?;
+    let answer = runtime.block_on(work);
+    // A name look-up may still hang in the resolver.
+    runtime.shutdown_background();
+    answer
+}
+
+/// Resolves at SIGINT or SIGTERM.
+fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
+}
+
+/// RUST_LOG can ask for anything but what the tunnel's library says of keys.
+fn start_logs(format: LogFormat) {
+    let wanted = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
+    let capped = wanted.add_directive(tunnel::LOG_CAP.parse().expect("a directive"));
+    let colours = std::io::stderr().is_terminal();
+    let logs = tracing_subscriber::fmt().with_env_filter(capped).with_writer(std::io::stderr).with_ansi(colours);
+    match format {
+        LogFormat::Human => logs.with_target(false).init(),
+        LogFormat::Json => logs.json().init(),
+    }
+}
+
+/// Prints an answer in the form that was asked for.
+fn print(format: Format, answer: &impl Serialize, table: impl FnOnce() -> String) -> anyhow::Result<()> {
+    match format {
+        Format::Table => print!("{}", table()),
+        Format::Json => println!("{}", serde_json::to_string_pretty(answer)?),
+        Format::Yaml => print!("{}", serde_saphyr::to_string(answer)?),
+    }
+    Ok(())
+}

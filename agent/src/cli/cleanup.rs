@@ -1,0 +1,79 @@
+//! `carrick cleanup`: the diff against the empty state, then the files that a crash left.
+
+use std::{fs, io, path::Path};
+
+use anyhow::{Context, bail};
+
+use crate::{
+    agent::{check_backend, with_cause},
+    args,
+    diff::diff,
+    kernel::{self, Linux, Secrets},
+    reconcile::{Kernel, Layer},
+    run_dir::Lock,
+    state::{Op, State},
+    status_socket,
+    tunnel::{self, client::Client},
+};
+
+pub(super) async fn run(args: args::Cleanup) -> anyhow::Result<bool> {
+    check_backend(&args.backend)?;
+    kernel::check_privileges()?;
+    let run_dir = &args.backend.run_dir;
+    let mut kernel = Linux::new(Client::new(run_dir), Secrets::default()).context("cannot open netlink sockets")?;
+    if args.dry_run {
+        operations(&mut kernel).await?.iter().for_each(|operation| println!("{operation}"));
+        return Ok(true);
+    }
+    let lock = Lock::take(run_dir, "agent").context("a running agent would put everything back")?;
+    let mut remaining = 0usize;
+    for operation in operations(&mut kernel).await? {
+        println!("{operation}");
+        remaining += usize::from(!done(&operation, kernel.apply(&operation).await));
+    }
+    // What somebody has altered reads as missing, but must go all the same.
+    for operation in kernel::sweep() {
+        remaining += usize::from(!done(&operation, kernel.apply(&operation).await));
+    }
+    remaining += remove_files(run_dir, lock);
+    Ok(remaining == 0)
+}
+
+async fn operations(kernel: &mut Linux<Client>) -> anyhow::Result<Vec<Op>> {
+    let reading = kernel.read().await;
+    // Without a tunnel there are no sessions to end; its links are read over netlink.
+    if let Some(error) = reading.failed.iter().find(|error| error.layer != Layer::WireGuard) {
+        bail!("{}: nothing was removed", with_cause(error));
+    }
+    Ok(diff(&State::default(), &reading.state))
+}
+
+/// Takes away what crashed processes left in the run directory, and the directory; how many of these would not go.
+fn remove_files(run_dir: &Path, agent: Lock) -> usize {
+    let remove = |path: &Path| gone(path, fs::remove_file(path));
+    let mut all = vec![remove(&status_socket::path(run_dir))];
+    match Lock::take(run_dir, "tunnel") {
+        Ok(_tunnel) => all.push(remove(&run_dir.join(tunnel::SOCKET))),
+        Err(held) => eprintln!("carrick: {held}: it holds no device any more, and goes on"),
+    }
+    drop(agent);
+    // Not if something is in it, as the socket of a tunnel that runs.
+    if fs::read_dir(run_dir).is_ok_and(|mut entries| entries.next().is_none()) {
+        all.push(gone(run_dir, fs::remove_dir(run_dir)));
+    }
+    all.into_iter().filter(|gone| !gone).count()
+}
+
+fn done(operation: &Op, result: io::Result<()>) -> bool {
+    result.inspect_err(|error| eprintln!("carrick: {operation}: {error}")).is_ok()
+}
+
+fn gone(path: &Path, removed: io::Result<()>) -> bool {
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            eprintln!("carrick: cannot remove {}: {error}", path.display());
+            false
+        }
+        _ => true,
+    }
+}

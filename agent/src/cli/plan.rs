@@ -1,0 +1,79 @@
+//! `carrick plan`.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use anyhow::Context;
+use serde::Serialize;
+use tokio::time::timeout;
+
+use crate::{
+    agent::{check_backend, with_cause},
+    args,
+    dial::Dialer,
+    diff::diff,
+    kernel::{Linux, facts},
+    reconcile::Kernel,
+    resolve::{Resolved, Resolver},
+    source,
+    survey::{Keys, View, survey},
+    tunnel::client::Client,
+};
+
+/// How long names are given to resolve; the rest is planned without them.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Answer {
+    operations: Vec<String>,
+    rejections: Vec<String>,
+    problems: Vec<String>,
+}
+
+pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
+    check_backend(&args.node.backend)?;
+    let snapshot = source::read_once(&args.node.config_dirs)?;
+    let view = View::new(&snapshot, &args.node);
+    let mut keys = Keys::default();
+    keys.refresh(&args.node);
+    let resolved = resolve(view.endpoint_names()).await;
+    let client = Client::new(&args.node.backend.run_dir);
+    let mut kernel = Linux::new(client, keys.secrets()).context("cannot open netlink sockets")?;
+    let reader = facts::Reader::new().context("cannot open netlink sockets")?;
+    let node = reader.read().await.context("cannot read this node's links and addresses")?;
+    let reading = kernel.read().await;
+    let clock = (&mut Dialer::default(), Duration::ZERO);
+    let survey = survey(&view, &keys, &node, &resolved, &reading, &args.node, clock);
+    let operations = diff(&survey.desired, &reading.state);
+    let unresolved = resolved.failed.iter().map(|(name, why)| format!("endpoint {name} does not resolve: {why}"));
+    let answer = Answer {
+        operations: operations.iter().map(ToString::to_string).collect(),
+        rejections: view.rejected.iter().chain(&survey.rejected).map(ToString::to_string).collect(),
+        problems: (view.problems.iter().chain(&keys.problems).cloned())
+            .chain(node.conditions.iter().map(ToString::to_string))
+            .chain(unresolved)
+            .chain(reading.failed.iter().map(|error| with_cause(error)))
+            .collect(),
+    };
+    super::print(args.output.output, &answer, || {
+        let operations = answer.operations.iter().map(|operation| format!("{operation}\n"));
+        let rejections = answer.rejections.iter().map(|rejection| format!("# refused: {rejection}\n"));
+        let problems = answer.problems.iter().map(|problem| format!("# problem: {problem}\n"));
+        operations.chain(rejections).chain(problems).collect()
+    })?;
+    Ok(true)
+}
+
+async fn resolve(names: BTreeSet<String>) -> Resolved {
+    let (mut resolver, mut results) = Resolver::new();
+    resolver.follow(&names);
+    let settled = |resolved: &Resolved| {
+        names.iter().all(|name| resolved.addresses.contains_key(name) || resolved.failed.contains_key(name))
+    };
+    let in_time = matches!(timeout(PATIENCE, results.wait_for(settled)).await, Ok(Ok(_)));
+    let mut resolved = results.borrow().clone();
+    for name in names.iter().filter(|name| !in_time && !resolved.addresses.contains_key(*name)) {
+        resolved.failed.entry(name.clone()).or_insert_with(|| "no answer within 3 s".to_owned());
+    }
+    resolved
+}

@@ -1,0 +1,76 @@
+//! The agent's unix socket: whoever connects gets one [`Status`] as JSON, fresh from a pass, and is hung up on.
+//!
+//! Mode 0600: root only. Nothing that a client sends is read.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+    time::timeout,
+};
+use tracing::debug;
+
+use crate::{run_dir::listen, status::Status};
+
+/// A pass takes milliseconds; a hung agent must not hang who asks.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub fn path(run_dir: &Path) -> PathBuf {
+    run_dir.join("agent.sock")
+}
+
+/// Serves until it is dropped, which removes the socket. The caller holds the agent's lock: an old socket is nobody's.
+pub fn serve(path: &Path, ask: mpsc::Sender<oneshot::Sender<Status>>) -> io::Result<Server> {
+    let listener = listen(path)?;
+    let task = tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let ask = ask.clone();
+            tokio::spawn(async move {
+                if let Err(error) = answer(stream, ask).await {
+                    debug!(%error, "a status client went away");
+                }
+            });
+        }
+    });
+    Ok(Server { path: path.to_owned(), task })
+}
+
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            debug!(%error, path = %self.path.display(), "the socket is gone already");
+        }
+    }
+}
+
+async fn answer(mut stream: UnixStream, ask: mpsc::Sender<oneshot::Sender<Status>>) -> io::Result<()> {
+    let (reply, status) = oneshot::channel();
+    let gone = |_| io::Error::other("the agent is stopping");
+    ask.send(reply).await.map_err(|_| io::Error::other("the agent is stopping"))?;
+    let status = status.await.map_err(gone)?;
+    stream.write_all(&serde_json::to_vec(&status)?).await
+}
+
+/// Asks the agent.
+pub async fn fetch(path: &Path) -> io::Result<Status> {
+    let ask = async {
+        let mut answer = Vec::new();
+        UnixStream::connect(path).await?.read_to_end(&mut answer).await?;
+        serde_json::from_slice(&answer).map_err(io::Error::other)
+    };
+    timeout(PATIENCE, ask).await.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no answer within 10 s"))?
+}

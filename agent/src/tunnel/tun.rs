@@ -1,0 +1,38 @@
+//! The TUN: made once, persistent, and left as it was made. Addresses, MTU and "up" are the agent's.
+
+use std::{
+    io,
+    os::{fd::AsRawFd, unix::fs::FileTypeExt},
+    path::Path,
+};
+
+use tun_rs::{AsyncDevice, DeviceBuilder};
+
+use super::TunnelError;
+use crate::names::Device;
+
+nix::ioctl_write_int!(tun_set_persist, b'T', 203);
+
+/// Refuses a node without `/dev/net/tun`: tun-rs would make one, on the host's /dev if that is what is mounted.
+pub(super) fn check_node(node: &Path) -> Result<(), TunnelError> {
+    match std::fs::metadata(node) {
+        Ok(found) if found.file_type().is_char_device() => Ok(()),
+        Ok(_) => Err(TunnelError::NotTun(node.to_owned())),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Err(TunnelError::NoTun(node.to_owned())),
+        Err(source) => Err(TunnelError::Path { path: node.to_owned(), source }),
+    }
+}
+
+/// Makes the link, down, or takes the one that an earlier process left. It outlives this process.
+pub(super) fn open(device: Device) -> io::Result<AsyncDevice> {
+    let tun = DeviceBuilder::new().name(device.to_string()).offload(true).inherit_enable_state().build_async()?;
+    tun.persist()?;
+    Ok(tun)
+}
+
+/// Lets the link vanish with its last descriptor.
+pub(super) fn unpersist(tun: &AsyncDevice) -> io::Result<()> {
+    // SAFETY: TUNSETPERSIST takes an integer and touches no memory of ours; the descriptor is open while `tun` lives.
+    unsafe { tun_set_persist(tun.as_raw_fd(), 0) }?;
+    Ok(())
+}
