@@ -30,7 +30,7 @@ const ROOT: &str = "/run/carrick-lab";
 /// Makes the directory, and waits for the maker's word or end. Arguments, here and below: the mark with its value, the
 /// directory.
 const WAIT: &str = r#"
-trap '' INT TERM HUP
+trap '' INT TERM HUP PIPE
 mkdir -m 700 "$2" || exit 1
 echo made
 read -r word && [ "$word" = keep ] && exit 0
@@ -38,7 +38,7 @@ read -r word && [ "$word" = keep ] && exit 0
 
 /// Ends the processes and removes the directory.
 const SWEEP: &str = r#"
-trap '' INT TERM HUP
+trap '' INT TERM HUP PIPE
 while
     pids=$(grep -lzxF -e "$1" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3)
     [ -n "$pids" ]

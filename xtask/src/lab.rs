@@ -1,6 +1,12 @@
 //! `cargo xtask lab`: members on this machine, by hand.
 
-use std::{process::Command, sync::Arc, thread, time::Duration};
+use std::{
+    io::{Write, stdout},
+    process::Command,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use ::lab::{
     Lab, Member,
@@ -54,7 +60,7 @@ pub fn run(args: &Args) -> Result<bool> {
         Action::Up { name, members, nodes } => up(name, members, *nodes)?,
         Action::Down { name } => guard::down(name)?,
         Action::Enter { name, host, command } => enter(name, host, command)?,
-        Action::List => guard::list()?.iter().for_each(print),
+        Action::List => guard::list()?.iter().try_for_each(print)?,
     }
     Ok(true)
 }
@@ -87,7 +93,7 @@ fn up(name: &str, members: &[String], nodes: u8) -> Result<()> {
     // Kept, or being ended by an interrupt: then this waits.
     guard.end()?;
     built?;
-    print(&guard::load(name)?);
+    print(&guard::load(name)?)?;
     println!("\nenter a host:  cargo xtask lab enter {name} HOST\nremove it all: cargo xtask lab down {name}");
     Ok(())
 }
@@ -109,9 +115,12 @@ fn enter(name: &str, host: &str, command: &[String]) -> Result<()> {
     match host::enter(target, name, &mut program)? {}
 }
 
-fn print(record: &Record) {
-    println!("{}", record.name);
+/// Fails where nobody reads any more.
+fn print(record: &Record) -> Result<()> {
+    let mut out = stdout().lock();
+    writeln!(out, "{}", record.name)?;
     for host in &record.hosts {
-        println!("  {:<16} pid {:<8} {}", host.name, host.pid, host.addresses.join(" "));
+        writeln!(out, "  {:<16} pid {:<8} {}", host.name, host.pid, host.addresses.join(" "))?;
     }
+    Ok(())
 }
