@@ -268,7 +268,7 @@ fn a_lab_ends_with_its_maker() {
         return;
     }
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGKILL] {
-        for delay_ms in [0, 3, 10, 20, 40, 80, 120, 160, 200, 250, 300, 400] {
+        for delay_ms in [0, 1, 2, 3, 4, 6, 8, 10, 15, 20, 40, 80, 120, 160, 200, 250, 300, 400] {
             let name = format!("end-{}-{signal}-{delay_ms}", std::process::id());
             let mut child = start_maker(&name).unwrap_or_else(|error| panic!("{error:?}"));
             sleep(Duration::from_millis(delay_ms));

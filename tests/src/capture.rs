@@ -242,3 +242,70 @@ fn describe(frame: &[u8]) -> String {
         _ => format!("protocol {protocol} {source} > {destination}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ethernet(ether_type: u16, packet: &[u8]) -> Vec<u8> {
+        [&[0; 12][..], &ether_type.to_be_bytes(), packet].concat()
+    }
+
+    /// From 192.0.2.1 to `to`; `fragment` is the offset field.
+    fn v4(to: [u8; 4], protocol: u8, fragment: u16, payload: &[u8]) -> Vec<u8> {
+        let mut header = [0; 20];
+        header[0] = 0x45;
+        header[6..8].copy_from_slice(&fragment.to_be_bytes());
+        header[9] = protocol;
+        header[12..16].copy_from_slice(&[192, 0, 2, 1]);
+        header[16..].copy_from_slice(&to);
+        ethernet(IPV4, &[&header[..], payload].concat())
+    }
+
+    fn v6(to: u16, protocol: u8, payload: &[u8]) -> Vec<u8> {
+        let mut header = [0; 40];
+        header[6] = protocol;
+        header[24..26].copy_from_slice(&to.to_be_bytes());
+        ethernet(IPV6, &[&header[..], payload].concat())
+    }
+
+    fn udp(source: u16, destination: u16, message: &[u8]) -> Vec<u8> {
+        [&source.to_be_bytes()[..], &destination.to_be_bytes(), &[0; 4], message].concat()
+    }
+
+    #[test]
+    fn frames_are_told_apart() {
+        let expected = Expected {
+            tunnel: 27473..=27474,
+            private: ["10.42.0.0/16", "fd00::/16"].map(|r| r.parse().unwrap()).into(),
+        };
+        let (public, private) = ([203, 0, 113, 2], [10, 42, 0, 2]);
+        let data = [4, 0, 0, 0, 9];
+        let cases = [
+            (v4(public, UDP, 0, &udp(5, 27473, &data)), Kind::Tunnel),
+            (v4(public, UDP, 0, &udp(27474, 5, &data)), Kind::Tunnel),
+            (v6(0x2001, UDP, &udp(5, 27473, &data)), Kind::Tunnel),
+            (v4(public, UDP, 0, &udp(27475, 27472, &data)), Kind::Other),
+            (v4(public, UDP, 0, &udp(5, 27473, &[5, 0, 0, 0])), Kind::Other),
+            (v4(public, UDP, 0, &udp(5, 27473, &[4, 0, 1, 0])), Kind::Other),
+            (v4(public, UDP, 0, &udp(5, 27473, &[])), Kind::Other),
+            (v4(public, UDP, 185, &udp(5, 27473, &data)), Kind::Other),
+            (v4(public, 6, 0, &udp(5, 27473, &data)), Kind::Other),
+            (v4(public, 1, 0, &[8, 0]), Kind::Other),
+            (v4(private, UDP, 0, &udp(5, 27473, &data)), Kind::Clear),
+            (v4(private, 1, 185, &[]), Kind::Clear),
+            (v6(0xfd00, ICMPV6, &[128, 0]), Kind::Clear),
+            (v6(0xff02, ICMPV6, &[135, 0]), Kind::Link),
+            (v6(0xff02, 0, &[&[ICMPV6, 0, 0, 0, 0, 0, 0, 0][..], &[143, 0]].concat()), Kind::Link),
+            (v6(0x2001, ICMPV6, &[128, 0]), Kind::Other),
+            (v4([224, 0, 0, 22], IGMP, 0, &[]), Kind::Link),
+            (ethernet(ARP, &[0; 28]), Kind::Link),
+            (ethernet(0x88cc, &[0; 28]), Kind::Other),
+            (ethernet(IPV4, &[0x45; 19]), Kind::Other),
+            (vec![0; 13], Kind::Other),
+        ];
+        for (frame, kind) in cases {
+            assert_eq!(classify(&frame, &expected), kind, "{}", describe(&frame));
+        }
+    }
+}

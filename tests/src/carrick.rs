@@ -85,7 +85,9 @@ impl Carrick {
     /// Makes the key of a slot and returns its public half.
     pub fn generate_key(&self, node: &Node, ordinal: usize) -> Result<String> {
         let keys = keys_dir(&node.host);
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&keys).with_context(|| keys.display().to_string())?;
+        if !keys.exists() {
+            fs::DirBuilder::new().mode(0o700).create(&keys).with_context(|| format!("mkdir {}", keys.display()))?;
+        }
         let arguments = ["keys", "gen", "--keys-dir", &text(&keys)?, "--ordinal", &ordinal.to_string()];
         Ok(node.host.output(&self.binary, &arguments)?.trim().to_owned())
     }
@@ -143,7 +145,7 @@ impl PeerStatus {
 /// Everything that a program could leave on a node: its links, addresses, routes and rules of both families, nft tables,
 /// and the files of /run and the bpffs, one a line.
 pub fn snapshot(node: &Node) -> Result<BTreeSet<String>> {
-    // Counters, and states that change by themselves, are not shown.
+    // No counters: they change by themselves.
     let readings: [(&str, &[&str]); 9] = [
         ("ip", &["-o", "link", "show"]),
         ("ip", &["-o", "address", "show"]),
@@ -161,12 +163,24 @@ pub fn snapshot(node: &Node) -> Result<BTreeSet<String>> {
         // Equal lines are numbered, so that one more of them is seen too.
         let mut times = BTreeMap::new();
         for line in node.host.output(program, arguments)?.lines() {
-            let times: &mut u32 = times.entry(line.trim().to_owned()).or_default();
+            let line = without_state(line);
+            let times: &mut u32 = times.entry(line.clone()).or_default();
             *times += 1;
-            lines.insert(format!("{name}: {} ({times})", line.trim()));
+            lines.insert(format!("{name}: {line} ({times})"));
         }
     }
     Ok(lines)
+}
+
+/// Without a link's operational state, which follows its carrier, later.
+fn without_state(line: &str) -> String {
+    let mut words: Vec<&str> = line.split_whitespace().collect();
+    if let Some(at) =
+        words.iter().position(|word| *word == "state").filter(|at| line.contains(" qdisc ") && at + 1 < words.len())
+    {
+        words.drain(at..at + 2);
+    }
+    words.join(" ")
 }
 
 /// What is there now and was not before, with `+`, and the other way round, with `-`.

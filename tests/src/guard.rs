@@ -8,7 +8,7 @@
 
 use std::{
     fs,
-    io::Write,
+    io::{BufRead, BufReader, Write},
     os::unix::{fs::DirBuilderExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
@@ -27,10 +27,18 @@ pub const MARK: &str = "CARRICK_LAB";
 /// Where labs keep their files, one directory each. Only root can write to /run.
 const ROOT: &str = "/run/carrick-lab";
 
-/// Arguments: the mark with its value, the directory.
-const SWEEP: &str = r#"
-trap '' INT TERM HUP
+/// Makes the directory, and waits for the maker's word or end. Arguments, here and below: the mark with its value, the
+/// directory.
+const WAIT: &str = r#"
+trap '' INT TERM HUP PIPE
+mkdir -m 700 "$2" || exit 1
+echo made
 read -r word && [ "$word" = keep ] && exit 0
+"#;
+
+/// Ends the processes and removes the directory.
+const SWEEP: &str = r#"
+trap '' INT TERM HUP PIPE
 while
     pids=$(grep -lzxF -e "$1" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3)
     [ -n "$pids" ]
@@ -38,7 +46,10 @@ do
     kill -9 $pids 2>/dev/null
     sleep 0.01
 done
-rm -rf "$2"
+while [ -e "$2" ]
+do
+    rm -rf "$2"
+done
 "#;
 
 /// A lab that is alive. Shared by everything that starts processes in it.
@@ -90,16 +101,18 @@ impl Guard {
         ensure!(nix::unistd::geteuid().is_root(), "the lab makes network namespaces: run it as root");
         let dir = directory(name)?;
         fs::DirBuilder::new().recursive(true).mode(0o700).create(ROOT).with_context(|| format!("mkdir {ROOT}"))?;
-        // The sweeper comes first: from here on, everything is cleaned up. It must not remove another lab's directory.
-        ensure!(!dir.exists(), "a lab named {name} exists: cargo xtask lab down {name}");
-        let mut child = sweep(name, &dir).stdin(Stdio::piped()).spawn().context("sh")?;
-        let input = child.stdin.take().context("the sweeper has no input")?;
-        let guard = Guard { name: name.to_owned(), dir, sweeper: Mutex::new(Some(Sweeper { child, input })) };
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&guard.dir)
-            .with_context(|| format!("mkdir {}", guard.dir.display()))?;
-        Ok(Arc::new(guard))
+        // The sweeper makes the directory: from the first moment, what there is has somebody who removes it.
+        let mut sweeper = shell(&[WAIT, SWEEP].concat(), name, &dir);
+        let mut child = sweeper.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("sh")?;
+        let (input, output) = (child.stdin.take(), child.stdout.take());
+        let input = input.context("the sweeper has no input")?;
+        let mut said = String::new();
+        BufReader::new(output.context("the sweeper has no output")?).read_line(&mut said)?;
+        if said != "made\n" {
+            child.wait().context("wait for the sweeper")?;
+            bail!("cannot make {}; if there is a lab named {name}: cargo xtask lab down {name}", dir.display());
+        }
+        Ok(Arc::new(Guard { name: name.to_owned(), dir, sweeper: Mutex::new(Some(Sweeper { child, input })) }))
     }
 
     pub fn name(&self) -> &str {
@@ -189,7 +202,7 @@ pub fn load(name: &str) -> Result<Record> {
 pub fn down(name: &str) -> Result<()> {
     let dir = directory(name)?;
     ensure!(dir.exists(), "there is no lab named {name}: cargo xtask lab list");
-    let status = sweep(name, &dir).stdin(Stdio::null()).status().context("sh")?;
+    let status = shell(SWEEP, name, &dir).stdin(Stdio::null()).status().context("sh")?;
     ensure!(status.success(), "the sweeper of lab {name} ended with {status}");
     Ok(())
 }
@@ -210,9 +223,9 @@ pub fn processes(name: &str) -> Result<Vec<u32>> {
     Ok(found)
 }
 
-fn sweep(name: &str, dir: &Path) -> Command {
+fn shell(script: &str, name: &str, dir: &Path) -> Command {
     let mut command = Command::new("sh");
-    command.args(["-c", SWEEP, "sweep"]).arg(format!("{MARK}={name}")).arg(dir);
+    command.args(["-c", script, "sweep"]).arg(format!("{MARK}={name}")).arg(dir);
     command.env_remove(MARK).current_dir("/").process_group(0).stdout(Stdio::null());
     command
 }

@@ -87,3 +87,49 @@ pub fn routes(member: &Member, ranges: &[IpNetwork]) -> String {
          cluster: {name}\n  routes:\n{routes}"
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn manifests_are_what_a_user_writes() {
+        let [mn, va] = Member::pair();
+        let gateway = |endpoints: &[&str]| Gateway {
+            public_key: "c2F5cyB3aG8=".to_owned(),
+            endpoints: endpoints.iter().map(|endpoint| (*endpoint).to_owned()).collect(),
+        };
+        assert_eq!(
+            cluster(&mn, &[gateway(&["203.0.113.2:27473", "gw0.mn.example.com:27473"]), gateway(&[])]),
+            r#"apiVersion: carrick.dev/v1alpha1
+kind: MeshCluster
+metadata:
+  name: mn
+spec:
+  id: 1
+  gateways:
+  - ordinal: 0
+    publicKey: "c2F5cyB3aG8="
+    endpoints: ["203.0.113.2:27473", "gw0.mn.example.com:27473"]
+  - ordinal: 1
+    publicKey: "c2F5cyB3aG8="
+  allowedCIDRs: ["10.42.0.0/16", "fd00:10:1::/48"]
+"#
+        );
+        assert_eq!(
+            routes(&va, &va.pod_ranges()),
+            r#"apiVersion: carrick.dev/v1alpha1
+kind: RouteAdvertisement
+metadata:
+  name: va
+spec:
+  cluster: va
+  routes:
+  - cidr: "10.44.0.0/16"
+    type: Pod
+  - cidr: "fd00:10:2::/48"
+    type: Pod
+"#
+        );
+    }
+}

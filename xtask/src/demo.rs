@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
-    path::Path,
+    path::PathBuf,
     sync::Arc,
     thread::sleep,
     time::{Duration, Instant},
@@ -41,6 +41,9 @@ pub struct Args {
     /// Leave everything up, and print how to enter each node.
     #[arg(long)]
     keep: bool,
+    /// Run this carrick instead of building one.
+    #[arg(long, value_name = "PATH")]
+    carrick: Option<PathBuf>,
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
 }
@@ -62,12 +65,14 @@ pub struct Check {
     pub unit: &'static str,
 }
 
-/// Runs the demo with that `carrick`. True if every check holds.
-pub fn run(args: &Args, carrick: &Path) -> Result<bool> {
-    let carrick = Carrick::new(carrick)?;
+/// Runs the demo, with the `carrick` that `build` returns the path of. True if every check holds.
+pub fn run(args: &Args, build: impl FnOnce() -> Result<PathBuf>) -> Result<bool> {
+    let carrick = Carrick::new(&args.carrick.clone().map_or_else(build, Ok)?)?;
     let guard = Guard::unique("demo")?;
     end_on_interrupt(&guard);
-    let checks = checks(args, &carrick, guard);
+    let checks = checks(args, &carrick, guard.clone());
+    // It has ended, was kept, or is being ended by an interrupt: then this waits.
+    guard.end()?;
     // What failed after an interrupt says nothing.
     process::check_interrupted()?;
     let checks = checks?;
@@ -206,7 +211,7 @@ impl Demo<'_> {
             let tcp = tcp::throughput(&from.host, &to.host, (to.ip(), PORT).into(), 1, THROUGHPUT_TIME)?;
             say(&format!("retransmits: {}", tcp.retransmits));
             let name = format!("tcp, pod of {} to pod of {}", member.name, remote.name);
-            self.hold(name, tcp.bytes > 0, tcp.megabits_per_second().round(), "Mb/s");
+            self.hold(name, tcp.bytes > 0, tcp.megabits_per_second().round() as u64, "Mb/s");
         }
         Ok(())
     }

@@ -1,6 +1,12 @@
 //! `cargo xtask lab`: members on this machine, by hand.
 
-use std::{process::Command, sync::Arc, thread, time::Duration};
+use std::{
+    io::{Write, stdout},
+    process::Command,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use ::lab::{
     Lab, Member,
@@ -54,12 +60,13 @@ pub fn run(args: &Args) -> Result<bool> {
         Action::Up { name, members, nodes } => up(name, members, *nodes)?,
         Action::Down { name } => guard::down(name)?,
         Action::Enter { name, host, command } => enter(name, host, command)?,
-        Action::List => guard::list()?.iter().for_each(print),
+        Action::List => guard::list()?.iter().try_for_each(print)?,
     }
     Ok(true)
 }
 
-/// From now on, an interrupt ends the lab; whatever is being done in it then fails.
+/// From now on, an interrupt ends the lab and then this process, as a shell reports SIGINT. The thread that works in the
+/// lab need not look: whatever it does there fails.
 pub fn end_on_interrupt(guard: &Arc<Guard>) {
     let guard = Arc::downgrade(guard);
     thread::spawn(move || {
@@ -69,7 +76,7 @@ pub fn end_on_interrupt(guard: &Arc<Guard>) {
                 if let Err(error) = guard.end() {
                     eprintln!("{error:#}");
                 }
-                return;
+                std::process::exit(130);
             }
             drop(guard);
             thread::sleep(Duration::from_millis(20));
@@ -82,8 +89,11 @@ fn up(name: &str, members: &[String], nodes: u8) -> Result<()> {
     let members = (1..).zip(members).map(member).collect::<Result<Vec<_>>>()?;
     let guard = Guard::named(name)?;
     end_on_interrupt(&guard);
-    Lab::build(guard, &members)?.keep()?;
-    print(&guard::load(name)?);
+    let built = Lab::build(guard.clone(), &members).and_then(Lab::keep);
+    // Kept, or being ended by an interrupt: then this waits.
+    guard.end()?;
+    built?;
+    print(&guard::load(name)?)?;
     println!("\nenter a host:  cargo xtask lab enter {name} HOST\nremove it all: cargo xtask lab down {name}");
     Ok(())
 }
@@ -105,9 +115,12 @@ fn enter(name: &str, host: &str, command: &[String]) -> Result<()> {
     match host::enter(target, name, &mut program)? {}
 }
 
-fn print(record: &Record) {
-    println!("{}", record.name);
+/// Fails where nobody reads any more.
+fn print(record: &Record) -> Result<()> {
+    let mut out = stdout().lock();
+    writeln!(out, "{}", record.name)?;
     for host in &record.hosts {
-        println!("  {:<16} pid {:<8} {}", host.name, host.pid, host.addresses.join(" "));
+        writeln!(out, "  {:<16} pid {:<8} {}", host.name, host.pid, host.addresses.join(" "))?;
     }
+    Ok(())
 }

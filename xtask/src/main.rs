@@ -69,7 +69,7 @@ fn run(args: Args) -> anyhow::Result<bool> {
     match args.command {
         Command::Demo(args) => {
             setup::ensure(For::Demo, install)?;
-            demo::run(&args, &workspace::build_carrick()?)
+            demo::run(&args, workspace::build_carrick)
         }
         Command::Lab(args) => {
             setup::ensure(For::Lab, install)?;
