@@ -24,6 +24,8 @@ pub struct Facts {
     pub dial: BTreeMap<(Device, PublicKey), SocketAddr>,
     /// Smallest MTU, in bytes, of the native devices.
     pub underlay_mtu: u32,
+    /// Whether the kernel has IPv6 at all.
+    pub ipv6: bool,
     /// Addresses on this node, for source hints and carve-outs.
     pub addresses: BTreeSet<IpAddr>,
     /// UDP port of device 0; device j listens on this + j.

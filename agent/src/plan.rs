@@ -55,6 +55,11 @@ pub fn plan(intent: &Intent, facts: &Facts) -> (State, Vec<Rejection>) {
         state.rules =
             Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Rule { family, table })).collect();
     }
+    if !facts.ipv6 {
+        // The kernel would refuse them at every pass, and a failed make cancels every break.
+        state.routes.retain(|(_, to), _| to.is_ipv4());
+        state.rules.retain(|rule| rule.family == Family::V4);
+    }
     if !state.peers.is_empty() {
         state.nft = Some(packet_rules(intent, me, |member| facts.psks.get(member) == Some(&None)));
     }
@@ -295,6 +300,7 @@ mod tests {
             resolved: [("gw.example.com".into(), vec!["10.44.9.9".parse().expect("an address")])].into(),
             dial: BTreeMap::new(),
             underlay_mtu: 1500,
+            ipv6: true,
             addresses: ["10.42.0.1".parse().expect("an address"), "192.0.2.1".parse().expect("an address")].into(),
             base_port: 27473,
         }
@@ -393,6 +399,28 @@ mod tests {
                 ip route replace unreachable 10.46.0.0/16 table 7474
                 ip route replace 10.45.0.0/16 dev carrick-wg0 table 7473
                 ip route replace 10.46.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_node_without_ipv6_has_no_ipv6_routes() {
+        let mesh = "
+            mn 1 gw0@203.0.113.1:27473 10.42.0.0/16 fd00:42::/48
+            va 2 gw0@198.51.100.1:27473 10.44.0.0/16 fd00:44::/48
+        ";
+        check(
+            mesh,
+            &Facts { ipv6: false, ..facts() },
+            expect![[r#"
+                wg set carrick-wg0 listen-port 27473 private-key <of K0>
+                ip link set carrick-wg0 mtu 1420 addrgenmode none up
+                wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+fd00:44::/48
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, fd00:42::/48 . fd00:44::/48, fd00:44::/48 . fd00:42::/48 } admit { 10.44.0.0/16 . 10.42.0.0/16, fd00:44::/48 . fd00:42::/48 }
+                ip -4 rule add priority 11 lookup 7473
+                ip -4 rule add priority 12 not iif lo lookup 7474
+                ip route replace unreachable 10.44.0.0/16 table 7474
+                ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
             "#]],
         );
     }

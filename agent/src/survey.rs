@@ -12,7 +12,10 @@ use crate::{
     dial::{Dialer, Seen, candidates},
     facts::Facts,
     intent::{self, Host, Intent, Local, Rejection},
-    kernel::{Secrets, facts::Node},
+    kernel::{
+        Secrets,
+        facts::{Condition, Node},
+    },
     keyring::{Keyring, Preshared},
     keys::{PresharedKey, PublicKey},
     names::{Device, Ordinal},
@@ -117,6 +120,7 @@ pub fn survey(
         resolved: resolved.addresses.clone(),
         dial: BTreeMap::new(),
         underlay_mtu: node.underlay_mtu,
+        ipv6: !node.conditions.contains(&Condition::Ipv6Off),
         addresses: node.addresses.clone(),
         base_port: args.backend.wireguard_port,
     };

@@ -1,16 +1,15 @@
 //! What somebody does to a node by hand, and what the agent makes of it.
 
-use std::collections::BTreeSet;
-
 use anyhow::ensure;
 use lab::{
+    Member,
     carrick::{Running, difference},
     traffic::udp::Flow,
     wait_for,
 };
 use nix::sys::signal::Signal;
 
-use crate::joined::{CONNECT_LIMIT, Joined, MILLISECOND, SOON, joined};
+use crate::joined::{CONNECT_LIMIT, Joined, MILLISECOND, SOON, joined, prepared};
 
 /// Each is undone by an event: the limit is below the timer's 30 s.
 const DAMAGE: &[&str] = &[
@@ -58,27 +57,25 @@ fn damage_is_repaired_and_nothing_foreign_is_touched() {
 
 #[test]
 fn cleanup_leaves_what_is_foreign_and_nothing_else() {
-    joined("cleanup", |joined| {
-        let ours = |line: &String| {
-            line.contains("carrick-wg0") || line.contains(" 7473") || line.contains(" 7474") || line.contains("carrick")
-        };
-        let clean: BTreeSet<String> = joined.network("mn")?.into_iter().filter(|line| !ours(line)).collect();
+    prepared("cleanup", &Member::pair(), |joined| {
         joined.shell("mn", &format!("set -e\n{FOREIGN}"))?;
-        let running = joined.running.remove("mn").expect("it runs");
-        running.agent.terminate(SOON)?;
-        joined.carrick.cleanup(joined.node("mn")?)?;
-        let left = joined.network("mn")?;
-        let foreign = difference(&clean, &left);
-        ensure!(!foreign.iter().any(|line| line.starts_with('-')), "something foreign is gone: {foreign:#?}");
-        for kept in ["lookup 7475", "13:\tfrom all lookup 7473", "table 7475", "metric 4000", "carrick-wgx", "carrick2"]
-        {
-            ensure!(foreign.iter().any(|line| line.contains(kept)), "{kept:?} is gone: {foreign:#?}");
-        }
-        for gone in ["carrick-wg0:", "table 7474", "lookup 7474", "inet carrick {"] {
-            ensure!(!left.iter().any(|line| line.contains(gone)), "{gone:?} is left: {left:#?}");
-        }
-        joined.carrick.cleanup(joined.node("mn")?)?;
-        ensure!(difference(&left, &joined.network("mn")?).is_empty(), "a second cleanup changed something");
+        let before = joined.network("mn")?;
+        joined.start()?;
+        joined.connected()?;
+        let carrick = joined.carrick.path().display();
+        let dry = joined.shell("mn", &format!("{carrick} cleanup --dry-run"))?;
+        let Running { agent, .. } = joined.running.remove("mn").expect("it runs");
+        agent.terminate(SOON)?;
+        ensure!(joined.network("mn")? != before, "the dry run removed something, or nothing was ever there");
+        let done = joined.carrick.cleanup(joined.node("mn")?)?;
+        ensure!(done == dry, "the dry run said\n{dry}and then\n{done}was done");
+        ensure!(
+            difference(&before, &joined.network("mn")?).is_empty(),
+            "left or gone: {:#?}",
+            difference(&before, &joined.network("mn")?)
+        );
+        let again = joined.carrick.cleanup(joined.node("mn")?)?;
+        ensure!(again.is_empty(), "a second cleanup found {again}");
         Ok(())
     });
 }
