@@ -55,7 +55,7 @@ pub struct Node {
     /// This node's name; default: the host's.
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     pub node_name: Option<String>,
-    /// The folder of the keys (0700): files gateway-<ordinal> and psk-<member> (0600, base64).
+    /// The folder of the keys (0700): files `gateway-ORDINAL` and `psk-MEMBER` (0600, base64).
     #[arg(long, value_name = "DIR", default_value = "/etc/carrick/keys")]
     pub keys_dir: PathBuf,
     /// A range of this cluster's own beyond those it advertises, which no other member may claim; may be given several times.

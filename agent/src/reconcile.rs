@@ -149,7 +149,7 @@ mod tests {
         #[test]
         fn a_failed_make_cancels_every_break(desired in any_desired(), state in any_state(), refused in 0..8usize) {
             let ops = diff(&desired, &state);
-            prop_assume!(ops.get(refused).is_some_and(|op| independent(op)));
+            prop_assume!(ops.get(refused).is_some_and(independent));
             let mut model = Model { state, refuse: [refused].into(), ..Model::default() };
             let outcome = block_on(pass(&desired, true, &mut model));
             prop_assert_eq!(outcome.failed.len(), 1);
