@@ -19,8 +19,9 @@ use nix::{
 };
 use tokio::{io::Interest, net::UdpSocket};
 
-/// Kernel memory for datagrams that wait, bytes, each way: about 15 ms at 2 Gb/s.
-const SOCKET_BUFFER: usize = 4 << 20;
+/// Kernel memory for datagrams that wait, bytes, each way; it is used only as they do. The windows of a few TCP flows
+/// fit, so that a tunnel that has lost its processor for some milliseconds costs no retransmission.
+const SOCKET_BUFFER: usize = 16 << 20;
 /// Most segments in one datagram (`UDP_MAX_SEGMENTS` before Linux 6.9).
 const MAX_SEGMENTS: usize = 64;
 /// Most bytes in one datagram, below what IPv4 and IPv6 leave for UDP's payload.
