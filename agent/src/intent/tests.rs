@@ -244,6 +244,8 @@ fn every_reason_has_a_case() {
         include_str!("cases/routes.txt"),
         include_str!("cases/view.txt"),
         include_str!("cases/conflicts.txt"),
+        // Two reasons are the planner's to give.
+        include_str!("../plan.rs"),
     ];
     for reason in Reason::ALL {
         assert!(cases.iter().any(|cases| cases.contains(&format!(": {reason}: "))), "{reason} has no case");

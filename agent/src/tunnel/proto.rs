@@ -4,10 +4,12 @@
 //! tunnel answers, one frame each: a length (u32, bytes) and a body. Integers are big-endian. Private keys are in no
 //! type that can be printed or serialized by accident, and every buffer that holds one is wiped.
 
+mod wire;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     ops::RangeInclusive,
     time::{Duration, SystemTime},
 };
@@ -16,10 +18,11 @@ use ipnetwork::IpNetwork;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use zeroize::Zeroizing;
 
+use self::wire::{In, Out};
 use crate::{
     kernel::{WgDevice, WgPeer},
     keys::{PresharedKey, PrivateKey, PskId, PublicKey},
-    names::{Device, Ordinal},
+    names::Device,
     reconcile::Pair,
     state::Peer,
 };
@@ -182,157 +185,6 @@ pub(super) async fn read_frame(stream: &mut (impl AsyncRead + Unpin), max: usize
     let mut body = Zeroizing::new(vec![0; len]);
     stream.read_exact(&mut body).await?;
     Ok(Frame::Body(body))
-}
-
-/// Appends to a buffer. Made with room for the whole of a request with keys, so that no copy stays behind unwiped.
-struct Out(Zeroizing<Vec<u8>>);
-
-impl Out {
-    fn with_capacity(bytes: usize) -> Out {
-        Out(Zeroizing::new(Vec::with_capacity(bytes)))
-    }
-
-    fn u8(&mut self, n: u8) {
-        self.0.push(n);
-    }
-
-    fn u16(&mut self, n: u16) {
-        self.0.extend_from_slice(&n.to_be_bytes());
-    }
-
-    fn u32(&mut self, n: u32) {
-        self.0.extend_from_slice(&n.to_be_bytes());
-    }
-
-    fn u64(&mut self, n: u64) {
-        self.0.extend_from_slice(&n.to_be_bytes());
-    }
-
-    fn bytes(&mut self, bytes: &[u8]) {
-        self.0.extend_from_slice(bytes);
-    }
-
-    fn count(&mut self, n: usize) {
-        self.u32(u32::try_from(n).unwrap_or(u32::MAX));
-    }
-
-    fn device(&mut self, device: Device) {
-        self.u8(device.0.get());
-    }
-
-    fn ip(&mut self, ip: IpAddr) {
-        match ip {
-            IpAddr::V4(ip) => {
-                self.u8(4);
-                self.bytes(&ip.octets());
-            }
-            IpAddr::V6(ip) => {
-                self.u8(6);
-                self.bytes(&ip.octets());
-            }
-        }
-    }
-
-    fn nets<'a>(&mut self, nets: impl ExactSizeIterator<Item = &'a IpNetwork>) {
-        self.count(nets.len());
-        for net in nets {
-            self.ip(net.ip());
-            self.u8(net.prefix());
-        }
-    }
-
-    fn option<T>(&mut self, value: Option<T>, write: impl FnOnce(&mut Out, T)) {
-        self.u8(u8::from(value.is_some()));
-        if let Some(value) = value {
-            write(self, value);
-        }
-    }
-
-    fn endpoint(&mut self, endpoint: Option<SocketAddr>) {
-        self.option(endpoint, |out, endpoint| {
-            out.ip(endpoint.ip());
-            out.u16(endpoint.port());
-        });
-    }
-}
-
-/// Reads from a frame's body.
-struct In<'a>(&'a [u8]);
-
-impl In<'_> {
-    fn take<const N: usize>(&mut self, what: &'static str) -> Result<[u8; N], Malformed> {
-        let (head, tail) = self.0.split_first_chunk().ok_or(Malformed(what))?;
-        self.0 = tail;
-        Ok(*head)
-    }
-
-    fn u8(&mut self, what: &'static str) -> Result<u8, Malformed> {
-        self.take(what).map(u8::from_be_bytes)
-    }
-
-    fn u16(&mut self, what: &'static str) -> Result<u16, Malformed> {
-        self.take(what).map(u16::from_be_bytes)
-    }
-
-    fn u32(&mut self, what: &'static str) -> Result<u32, Malformed> {
-        self.take(what).map(u32::from_be_bytes)
-    }
-
-    fn u64(&mut self, what: &'static str) -> Result<u64, Malformed> {
-        self.take(what).map(u64::from_be_bytes)
-    }
-
-    fn device(&mut self) -> Result<Device, Malformed> {
-        let ordinal = self.u8("device")?;
-        Ordinal::new(ordinal.into()).map(Device).ok_or(Malformed("device: above 7"))
-    }
-
-    fn port(&mut self) -> Result<u16, Malformed> {
-        self.u16("port").and_then(|port| if port == 0 { Err(Malformed("port: 0")) } else { Ok(port) })
-    }
-
-    fn public(&mut self) -> Result<PublicKey, Malformed> {
-        PublicKey::new(self.take("public key")?).map_err(|_| Malformed("public key: zero or of low order"))
-    }
-
-    /// A key that the tunnel has accepted before.
-    fn known_public(&mut self) -> Result<PublicKey, Malformed> {
-        self.take("public key").map(PublicKey::assume_valid)
-    }
-
-    fn ip(&mut self) -> Result<IpAddr, Malformed> {
-        match self.u8("address family")? {
-            4 => self.take("address").map(|octets: [u8; 4]| Ipv4Addr::from(octets).into()),
-            6 => self.take("address").map(|octets: [u8; 16]| Ipv6Addr::from(octets).into()),
-            _ => Err(Malformed("address family: neither 4 nor 6")),
-        }
-    }
-
-    fn nets<C: Default + Extend<IpNetwork>>(&mut self) -> Result<C, Malformed> {
-        let mut nets = C::default();
-        for _ in 0..self.u32("number of prefixes")? {
-            let (ip, len) = (self.ip()?, self.u8("prefix length")?);
-            let net = IpNetwork::new(ip, len).map_err(|_| Malformed("prefix length: too large"))?;
-            nets.extend([net]);
-        }
-        Ok(nets)
-    }
-
-    fn option<T>(&mut self, read: impl FnOnce(&mut Self) -> Result<T, Malformed>) -> Result<Option<T>, Malformed> {
-        match self.u8("option")? {
-            0 => Ok(None),
-            1 => read(self).map(Some),
-            _ => Err(Malformed("option: neither 0 nor 1")),
-        }
-    }
-
-    fn endpoint(&mut self) -> Result<Option<SocketAddr>, Malformed> {
-        self.option(|input| Ok(SocketAddr::new(input.ip()?, input.port()?)))
-    }
-
-    fn end<T>(self, value: T) -> Result<T, Malformed> {
-        if self.0.is_empty() { Ok(value) } else { Err(Malformed("frame: bytes left over")) }
-    }
 }
 
 impl Request {
@@ -507,9 +359,12 @@ impl In<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use proptest::prelude::*;
 
     use super::*;
+    use crate::names::Ordinal;
 
     fn any_device() -> impl Strategy<Value = Device> {
         (0i64..8).prop_map(|n| Device(Ordinal::new(n).unwrap()))
