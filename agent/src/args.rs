@@ -190,3 +190,31 @@ pub struct Cleanup {
     #[command(flatten)]
     pub backend: Backend,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use expect_test::expect_file;
+
+    /// The help of every subcommand, as `docs/cli.txt` has it.
+    #[test]
+    fn the_reference_says_what_help_says() {
+        let mut command = Args::command();
+        command.build();
+        let mut text = String::new();
+        help(&mut command, &mut text);
+        expect_file!["../../docs/cli.txt"].assert_eq(&text);
+    }
+
+    fn help(command: &mut clap::Command, text: &mut String) {
+        // Without the values that this machine's environment has for it.
+        let page = command.clone().mut_args(|arg| arg.hide_env_values(true)).render_long_help().to_string();
+        let lines: Vec<&str> = page.lines().map(str::trim_end).collect();
+        *text += &format!("{}\n\n", lines.join("\n").trim_end());
+        for subcommand in command.get_subcommands_mut() {
+            text.push_str("----------------\n");
+            help(subcommand, text);
+        }
+    }
+}

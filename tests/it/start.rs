@@ -3,9 +3,9 @@
 use std::{fs, os::unix::fs::PermissionsExt};
 
 use anyhow::{Context, Result, ensure};
-use lab::Member;
+use lab::{Member, wait_for};
 
-use crate::joined::{Joined, joined, prepared, says};
+use crate::joined::{Joined, SOON, joined, prepared, says};
 
 fn keys(joined: &Joined<'_>, member: &str) -> Result<std::path::PathBuf> {
     Ok(joined.node(member)?.host.dir().join("keys"))
@@ -127,6 +127,45 @@ fn no_secret_is_printed() {
             ensure!(!printed.contains(private.trim()), "a private key was printed");
         }
         ensure!(!printed.contains(psk), "a preshared key was printed");
+        Ok(())
+    });
+}
+
+/// The standard tool sees the devices, and cannot change them past the agent.
+#[test]
+fn wg_shows_the_devices() {
+    joined("wg", |joined| {
+        let shown = joined.shell("mn", "wg show carrick-wg0")?;
+        for part in
+            ["listening port: 27473", "endpoint: 198.51.100.6:", "allowed ips: 10.44.0.0/16", "latest handshake"]
+        {
+            ensure!(shown.contains(part), "{part:?} is not in {shown}");
+        }
+        let said =
+            joined.shell("mn", "if wg set carrick-wg0 listen-port 1234 2>&1; then echo IT DID NOT FAIL; exit 1; fi")?;
+        ensure!(said.contains("Operation not supported"), "{said}");
+        ensure!(joined.reaches("mn", "va")? == [true, true]);
+        Ok(())
+    });
+}
+
+#[test]
+fn logs_are_json_where_it_is_asked_for() {
+    prepared("json", &Member::pair(), |joined| {
+        let node = joined.node("mn")?;
+        let arguments = agent(joined, "--log-format json")?;
+        let agent =
+            node.host.spawn("json", joined.carrick.path(), &arguments.split_whitespace().collect::<Vec<_>>())?;
+        joined.wait_status("mn", "anything", |status| status["synced"] == true)?;
+        agent.signal(nix::sys::signal::Signal::SIGTERM)?;
+        let log = wait_for("the log to end", SOON, || {
+            let log = agent.log().map_err(|error| error.to_string())?;
+            if log.contains("the data plane stays") { Ok(log) } else { Err(log) }
+        })?;
+        for line in log.lines() {
+            let line: serde_json::Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
+            ensure!(line["level"].is_string() && line["fields"]["message"].is_string(), "{line}");
+        }
         Ok(())
     });
 }
