@@ -10,7 +10,7 @@ use std::{
 
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{sleep, sleep_until, timeout},
+    time::{sleep_until, timeout_at},
 };
 use tracing::{debug, info, warn};
 
@@ -104,9 +104,9 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
             Some(sender) = asked.recv() => { reply = Some(sender); Cause::Resync }
             () = sleep_until(agent.next_pass.into()) => Cause::Resync,
         };
-        if cause == Cause::Kernel {
-            sleep(DEBOUNCE).await;
-            while timeout(Duration::ZERO, events.next()).await.is_ok() {}
+        if matches!(cause, Cause::Kernel | Cause::Facts) {
+            let quiet = tokio::time::Instant::now() + DEBOUNCE;
+            while timeout_at(quiet, events.next()).await.is_ok() {}
         }
         let snapshot = snapshots.borrow_and_update().clone();
         // Cloned out of their channel first: a pass makes the resolver write to it.
@@ -256,7 +256,7 @@ impl Agent {
         Status {
             synced: true,
             ready: survey.complete && survey.rejected.is_empty() && failures.is_empty() && outcome.withheld == 0,
-            connected: peers.iter().all(|peer| peer.connected),
+            connected: !peers.is_empty() && peers.iter().all(|peer| peer.connected),
             peers,
             routes: routes(view),
             rejections: view.rejected.iter().chain(&survey.rejected).map(ToString::to_string).collect(),

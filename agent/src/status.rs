@@ -19,7 +19,7 @@ pub struct Status {
     pub synced: bool,
     /// Everything that is written was read, and this node has all of it in its kernel.
     pub ready: bool,
-    /// Every peer is connected.
+    /// There are peers, and every one is connected.
     pub connected: bool,
     pub peers: Vec<PeerStatus>,
     pub routes: Vec<RouteStatus>,
