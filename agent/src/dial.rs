@@ -43,11 +43,14 @@ pub struct Dialer {
     last: BTreeMap<Key, SocketAddr>,
 }
 
+/// An address on trial.
 #[derive(Clone, Copy, Debug)]
 struct Trial {
-    since: Duration,
-    tx_bytes: u64,
+    /// When sending to it in vain began; `None`: nothing has been sent.
+    since: Option<Duration>,
     patience: Duration,
+    /// Bytes sent, at the beginning and when last looked at.
+    tx_bytes: [u64; 2],
 }
 
 /// What to write now, and when to look again.
@@ -77,26 +80,31 @@ impl Dialer {
             }
             let Some(first) = self.last.get(pair).or(addresses.first()) else { continue };
             let tx_bytes = seen.map_or(0, |seen| seen.tx_bytes);
-            let fresh = Trial { since: now, tx_bytes, patience: PATIENCE };
+            let started = |patience| Trial { since: Some(now), patience, tx_bytes: [tx_bytes; 2] };
             let Some(current) = seen.and_then(|seen| seen.endpoint) else {
-                self.trials.insert(*pair, fresh);
+                self.trials.insert(*pair, started(PATIENCE));
                 dial.now.insert(*pair, *first);
                 look_again(&mut dial, now + PATIENCE);
                 continue;
             };
-            let trial = self.trials.entry(*pair).or_insert(fresh);
-            if now < trial.since + trial.patience {
-                look_again(&mut dial, trial.since + trial.patience);
-            } else if tx_bytes > trial.tx_bytes {
-                *trial = Trial { patience: HOLD, ..fresh };
-                let next = after(addresses, current).or(addresses.first().copied()).unwrap_or(current);
-                if next != current {
-                    dial.now.insert(*pair, next);
+            let idle = Trial { since: None, ..started(PATIENCE) };
+            let trial = self.trials.entry(*pair).or_insert(idle);
+            let [from, last] = trial.tx_bytes;
+            trial.tx_bytes[1] = tx_bytes;
+            match trial.since {
+                None if tx_bytes > last => *trial = started(PATIENCE),
+                None => {}
+                Some(since) if now < since + trial.patience => {}
+                Some(_) if tx_bytes == from => *trial = idle,
+                Some(_) => {
+                    *trial = started(HOLD);
+                    let next = after(addresses, current).or(addresses.first().copied()).unwrap_or(current);
+                    if next != current {
+                        dial.now.insert(*pair, next);
+                    }
                 }
-                look_again(&mut dial, now + HOLD);
-            } else {
-                look_again(&mut dial, now + HOLD);
             }
+            look_again(&mut dial, trial.since.map_or(now + HOLD, |since| since + trial.patience));
         }
         dial
     }
@@ -195,6 +203,20 @@ mod tests {
         check(&[1, 2], idle, expect!["0 s: 192.0.2.1:27473\n"]);
     }
 
+    /// Its first packet after an hour asks for a handshake, which takes a moment; that alone is no reason to move.
+    #[test]
+    fn a_pair_that_begins_to_send_is_given_its_time() {
+        let woken = |second: u64, _| {
+            let handshake = if second < 45 { seconds(3600) } else { seconds(second - 45) };
+            Some(Seen {
+                endpoint: Some(address(1)),
+                handshake: Some(handshake),
+                tx_bytes: 1000 + second.saturating_sub(40),
+            })
+        };
+        check(&[1, 2], woken, expect![""]);
+    }
+
     #[test]
     fn a_roamed_endpoint_with_a_session_is_never_overwritten() {
         let roamed = |second: u64, _| {
@@ -213,11 +235,11 @@ mod tests {
             &[1, 2],
             dead,
             expect![[r#"
-                45 s: 192.0.2.1:27473
-                55 s: 192.0.2.2:27473
-                65 s: 192.0.2.1:27473
-                75 s: 192.0.2.2:27473
-                85 s: 192.0.2.1:27473
+                46 s: 192.0.2.1:27473
+                56 s: 192.0.2.2:27473
+                66 s: 192.0.2.1:27473
+                76 s: 192.0.2.2:27473
+                86 s: 192.0.2.1:27473
             "#]],
         );
     }

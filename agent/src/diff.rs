@@ -1,9 +1,10 @@
 //! From the state that is to the state that is wanted, as a list of steps.
 //!
-//! The order is part of the contract, make before break: devices, then peers with the prefixes they gain (the kernel
-//! moves a prefix in one step), then nft, rules and routes; only then is anything taken away, in the opposite order.
-//! So a prefix that keeps its route never lacks a peer in between, and a forwarded packet that loses its route meets
-//! the `unreachable` twin, never the cluster's own default route.
+//! The order is part of the contract, make before break. First what makes the rest safe: `throw` routes, so that no
+//! tunnel is fed its own packets, and the nft table, without which a peer could reach anything. Then devices, then peers
+//! with the prefixes they gain (the kernel moves a prefix in one step), then rules and routes; only then is anything
+//! taken away, in the opposite order. So a prefix that keeps its route never lacks a peer in between, and a forwarded
+//! packet that loses its route meets the `unreachable` twin, never the cluster's own default route.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,30 +13,34 @@ use ipnetwork::IpNetwork;
 use crate::{
     keys::PublicKey,
     names::{Device, Table},
-    state::{Nft, Op, Peer, State},
+    state::{Nft, Op, Peer, Route, State},
 };
 
 /// The steps from `actual` to `desired`; empty when nothing has to change. Sorted by [`Op::is_break`].
 pub fn diff(desired: &State, actual: &State) -> Vec<Op> {
     let mut ops = Vec::new();
-    make_devices(desired, actual, &mut ops);
-    make_peers(desired, actual, &mut ops);
+    make_routes(desired, actual, |route| *route == Route::Throw, &mut ops);
     let grown = union(desired.nft.as_ref(), actual.nft.as_ref());
     if let (Some(grown), true) = (&grown, grown != actual.nft && desired.nft.is_some()) {
         ops.push(Op::GrowNft(grown.clone()));
     }
+    make_devices(desired, actual, &mut ops);
+    make_peers(desired, actual, &mut ops);
     ops.extend(desired.rules.difference(&actual.rules).map(|rule| Op::AddRule(*rule)));
-    make_routes(desired, actual, &mut ops);
+    make_routes(desired, actual, |route| *route != Route::Throw, &mut ops);
 
     break_routes(desired, actual, &mut ops);
     ops.extend(actual.rules.difference(&desired.rules).map(|rule| Op::DelRule(*rule)));
-    if grown != desired.nft {
+    if desired.nft.is_some() && grown != desired.nft {
         ops.push(Op::ShrinkNft(desired.nft.clone()));
     }
     break_peers(desired, actual, &mut ops);
     let ours: BTreeSet<Device> = actual.links.keys().chain(actual.wireguard.keys()).copied().collect();
     let stale = ours.into_iter().filter(|device| !desired.wireguard.contains_key(device));
     ops.extend(stale.map(|device| Op::DelDevice { device }));
+    if desired.nft.is_none() && actual.nft.is_some() {
+        ops.push(Op::ShrinkNft(None));
+    }
     ops
 }
 
@@ -75,9 +80,9 @@ fn agrees(desired: &Peer, actual: &Peer) -> bool {
 }
 
 /// The twins first: no instant has a way to a remote range without them.
-fn make_routes(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+fn make_routes(desired: &State, actual: &State, which: impl Fn(&Route) -> bool, ops: &mut Vec<Op>) {
     for table in [Table::Closed, Table::Remote] {
-        for ((of, to), route) in &desired.routes {
+        for ((of, to), route) in desired.routes.iter().filter(|(_, route)| which(route)) {
             if *of == table && actual.routes.get(&(table, *to)) != Some(route) {
                 ops.push(Op::SetRoute { table, to: *to, route: route.clone() });
             }
@@ -122,10 +127,7 @@ fn union(a: Option<&Nft>, b: Option<&Nft>) -> Option<Nft> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        model::{any_desired, any_state, apply},
-        state::Route,
-    };
+    use crate::model::{any_desired, any_state, apply};
     use proptest::prelude::*;
 
     /// Every state from `actual` on, one after each operation.
@@ -133,7 +135,7 @@ mod tests {
         let mut states = vec![actual.clone()];
         for op in ops {
             let mut next = states[states.len() - 1].clone();
-            apply(&mut next, op);
+            apply(&mut next, op).unwrap_or_else(|| panic!("{op}: the kernel refuses"));
             states.push(next);
         }
         states
@@ -185,7 +187,9 @@ mod tests {
         #[test]
         fn a_route_has_its_twin_for_as_long_as_both_states_have(desired in any_desired(), actual in any_state()) {
             let closed = |state: &State, to: &IpNetwork| state.routes.contains_key(&(Table::Closed, *to));
-            let open = |state: &State, to: &IpNetwork| state.routes.contains_key(&(Table::Remote, *to));
+            let open = |state: &State, to: &IpNetwork| {
+                matches!(state.routes.get(&(Table::Remote, *to)), Some(Route::Dev { .. } | Route::Other))
+            };
             let law = |state: &State, to: &IpNetwork| !open(state, to) || closed(state, to);
             for state in steps(&diff(&desired, &actual), &actual) {
                 for (_, to) in desired.routes.keys().chain(actual.routes.keys()) {
@@ -194,6 +198,22 @@ mod tests {
                     }
                 }
             }
+        }
+
+        #[test]
+        fn no_peer_ever_stands_without_the_nft_table(desired in any_desired(), actual in any_state()) {
+            let law = |state: &State| state.peers.is_empty() || state.nft.is_some();
+            prop_assume!(law(&desired) && law(&actual));
+            for state in steps(&diff(&desired, &actual), &actual) {
+                prop_assert!(law(&state), "{state:#?}");
+            }
+        }
+
+        #[test]
+        fn no_range_is_routed_before_what_is_carved_out_of_it(desired in any_desired(), actual in any_state()) {
+            let ops = diff(&desired, &actual);
+            let is_throw = |op: &Op| matches!(op, Op::SetRoute { route: Route::Throw, .. });
+            prop_assert!(ops.is_sorted_by_key(|op| !is_throw(op)));
         }
 
         #[test]

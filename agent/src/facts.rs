@@ -22,11 +22,14 @@ pub struct Facts {
     pub resolved: BTreeMap<String, Vec<IpAddr>>,
     /// Pairs whose endpoint is to be written now, with the address: they have none, or are dead.
     pub dial: BTreeMap<(Device, PublicKey), SocketAddr>,
+    /// Addresses that pairs talk to right now and that are carved out already: what the folder or a name server says
+    /// may move on, but a live pair stays where it is.
+    pub carved: BTreeSet<IpAddr>,
     /// Smallest MTU, in bytes, of the native devices.
     pub underlay_mtu: u32,
     /// Whether the kernel has IPv6 at all.
     pub ipv6: bool,
-    /// Addresses on this node, for source hints and carve-outs.
+    /// Addresses on this node, for source hints.
     pub addresses: BTreeSet<IpAddr>,
     /// UDP port of device 0; device j listens on this + j.
     pub base_port: u16,

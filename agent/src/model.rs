@@ -38,28 +38,23 @@ impl Kernel for Model {
         if self.refuse.contains(&(self.tried - 1)) {
             return Err(io::Error::from(io::ErrorKind::PermissionDenied));
         }
-        apply(&mut self.state, op);
+        apply(&mut self.state, op).ok_or(io::ErrorKind::NotFound)?;
         self.applied.push(op.clone());
         Ok(())
     }
 }
 
-/// Does to the state what the operation does to the kernel. Panics where the kernel would refuse.
-pub(crate) fn apply(state: &mut State, op: &Op) {
+/// Does to the state what the operation does to the kernel; `None` where the kernel would refuse.
+pub(crate) fn apply(state: &mut State, op: &Op) -> Option<()> {
     match op {
         Op::SetDevice { device, wireguard } => {
-            state.links.entry(*device).or_insert(Link {
-                mtu: 1500,
-                up: false,
-                bare: false,
-                forwarding: false,
-                rp_filter: 1,
-            });
+            let new = Link { mtu: 1500, up: false, bare: false, forwarding: false, rp_filter: 1 };
+            state.links.entry(*device).or_insert(new);
             state.wireguard.insert(*device, wireguard.clone());
         }
-        Op::SetLink { device, link } => *state.links.get_mut(device).expect("the link exists") = link.clone(),
+        Op::SetLink { device, link } => *state.links.get_mut(device)? = link.clone(),
         Op::SetPeer { device, key, peer, gained } => {
-            assert!(state.wireguard.contains_key(device), "{op}: no such device");
+            state.wireguard.get(device)?;
             let before = state.peers.get(&(*device, *key)).and_then(|peer| peer.endpoint);
             let endpoint = peer.endpoint.or(before);
             state.peers.insert((*device, *key), Peer { endpoint, ..peer.clone() });
@@ -67,24 +62,22 @@ pub(crate) fn apply(state: &mut State, op: &Op) {
         }
         Op::GrowNft(nft) => state.nft = Some(nft.clone()),
         Op::ShrinkNft(nft) => state.nft = nft.clone(),
-        Op::AddRule(rule) => assert!(state.rules.insert(*rule), "{op}: exists"),
-        Op::DelRule(rule) => assert!(state.rules.remove(rule), "{op}: no such rule"),
+        Op::AddRule(rule) => return state.rules.insert(*rule).then_some(()),
+        Op::DelRule(rule) => return state.rules.remove(rule).then_some(()),
         Op::SetRoute { table, to, route } => {
             if let Route::Dev { device, .. } = route {
-                assert!(state.links.get(device).is_some_and(|link| link.up), "{op}: no such device");
+                state.links.get(device).filter(|link| link.up)?;
             }
             state.routes.insert((*table, *to), route.clone());
         }
-        Op::DelRoute { table, to } => {
-            state.routes.remove(&(*table, *to)).expect("the route exists");
-        }
+        Op::DelRoute { table, to } => return state.routes.remove(&(*table, *to)).map(drop),
         Op::DropAllowedIps { device, key, lost } => {
             for prefix in lost {
-                assert_eq!(state.allowed_ips.remove(&(*device, *prefix)), Some(*key), "{op}: not its own");
+                state.allowed_ips.remove(&(*device, *prefix)).filter(|owner| owner == key)?;
             }
         }
         Op::RemovePeer { device, key } => {
-            state.peers.remove(&(*device, *key)).expect("the peer exists");
+            state.peers.remove(&(*device, *key))?;
             state.allowed_ips.retain(|(of, _), owner| (of, &*owner) != (device, key));
         }
         Op::DelDevice { device } => {
@@ -95,6 +88,7 @@ pub(crate) fn apply(state: &mut State, op: &Op) {
             state.routes.retain(|_, route| !matches!(route, Route::Dev { device: via, .. } if via == device));
         }
     }
+    Some(())
 }
 
 /// A key that only tells peers apart.

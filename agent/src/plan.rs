@@ -1,8 +1,8 @@
 //! The whole state that a node should have, from what the folder says and what the node knows.
 //!
 //! Pure and total: no I/O, no clock, no order of arrival; what cannot be planned is left out and said. Every plan is
-//! closed in itself: a route has a peer that holds its prefix, a peer has its device, and every range that is offered
-//! to this member has its `unreachable` twin.
+//! closed in itself: a route has a peer that holds its prefix, a peer has its device and the nft table, and every range
+//! that is offered to this member has its `unreachable` twin.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,7 +15,7 @@ use crate::{
     facts::Facts,
     intent::{Gateway, Host, Intent, Kind, Member, Reason, Rejection, Route as Claim},
     keys::PublicKey,
-    names::{Device, MemberName, Ordinal, Table},
+    names::{Device, MemberName, Table},
     state::{Family, Link, Nft, Peer, Route, Rule, State, WireGuard},
 };
 
@@ -28,27 +28,14 @@ const OVERHEAD: u32 = 80;
 /// The kernel takes IPv6 from a device below this (RFC 8200 §5), in bytes.
 const MIN_MTU: u32 = 1280;
 
-/// Plans this node. A node whose key the folder does not name owns nothing.
+/// Plans this node. A node whose key the folder does not name has no peers; what the others claim is closed all the same.
 pub fn plan(intent: &Intent, facts: &Facts) -> (State, Vec<Rejection>) {
-    let me = match myself(intent, facts) {
-        Ok(me) => me,
-        Err(rejection) => return (State::default(), vec![rejection]),
-    };
     let mut state = State::default();
     let mut rejected = Vec::new();
-    for (name, member) in intent.members.iter().filter(|(name, _)| **name != intent.me) {
-        match facts.psks.get(name) {
-            Some(None) => rejected.push(unreadable_psk(name)),
-            _ => add_peers(&mut state, intent, facts, me, (name, member)),
-        }
-    }
-    for device in state.peers.keys().map(|(device, _)| *device).collect::<BTreeSet<_>>() {
-        let port = facts.base_port + u16::from(device.0.get());
-        state.wireguard.insert(device, WireGuard { key: me.gateway.key, port });
-        state.links.insert(device, Link::ours(device_mtu(facts.underlay_mtu)));
-    }
-    for (name, member) in intent.members.iter().filter(|(name, _)| **name != intent.me) {
-        add_routes(&mut state, intent, facts, me, (name, member));
+    close_ranges(&mut state, intent);
+    match myself(intent, facts) {
+        Ok(me) => join(&mut state, intent, facts, me, &mut rejected),
+        Err(rejection) => rejected.push(rejection),
     }
     if !state.routes.is_empty() {
         carve_out_endpoints(&mut state, intent, facts);
@@ -60,10 +47,42 @@ pub fn plan(intent: &Intent, facts: &Facts) -> (State, Vec<Rejection>) {
         state.routes.retain(|(_, to), _| to.is_ipv4());
         state.rules.retain(|rule| rule.family == Family::V4);
     }
-    if !state.peers.is_empty() {
-        state.nft = Some(packet_rules(intent, me, |member| facts.psks.get(member) == Some(&None)));
-    }
     (state, rejected)
+}
+
+/// The other members.
+fn others(intent: &Intent) -> impl Iterator<Item = (&MemberName, &Member)> {
+    intent.members.iter().filter(|(name, _)| **name != intent.me)
+}
+
+/// A range that is offered to this member never leaves in the clear, whether there is a way to it or not.
+fn close_ranges(state: &mut State, intent: &Intent) {
+    let ranges = others(intent).flat_map(|(_, member)| offered(member, &intent.me));
+    state.routes.extend(ranges.map(|range| ((Table::Closed, range), Route::Unreachable)));
+}
+
+/// Peers with what they carry, the devices that they need, the ways to them, and what may pass.
+fn join(state: &mut State, intent: &Intent, facts: &Facts, me: Myself<'_>, rejected: &mut Vec<Rejection>) {
+    let mut left_out = BTreeSet::new();
+    for (name, member) in others(intent) {
+        if facts.psks.get(name) == Some(&None) {
+            rejected.push(unreadable_psk(name));
+            left_out.insert(name);
+        } else {
+            add_peers(state, intent, facts, me, (name, member));
+        }
+    }
+    for device in state.peers.keys().map(|(device, _)| *device).collect::<BTreeSet<_>>() {
+        let port = facts.base_port + u16::from(device.0.get());
+        state.wireguard.insert(device, WireGuard { key: me.gateway.key, port });
+        state.links.insert(device, Link::ours(device_mtu(facts.underlay_mtu)));
+    }
+    for (name, member) in others(intent) {
+        open_ranges(state, intent, facts, me, (name, member));
+    }
+    if !state.peers.is_empty() {
+        state.nft = Some(packet_rules(intent, me, |member| left_out.contains(member)));
+    }
 }
 
 /// This cluster's own entry, and the slot of it that this node holds.
@@ -146,19 +165,19 @@ fn offered<'a>(member: &'a Member, to: &'a MemberName) -> impl Iterator<Item = I
     member.routes.iter().filter(move |(_, claim): &(_, &Claim)| claim.offered.includes(to)).map(|(prefix, _)| *prefix)
 }
 
-/// Each prefix leaves by the device of the member's lowest ordinal, the only one that a plain route can name. Without
-/// any, it is closed all the same: a range that is claimed never leaves in the clear.
-fn add_routes(
+/// Each prefix leaves by the device of the member's lowest ordinal, the only one that a plain route can name.
+fn open_ranges(
     state: &mut State,
     intent: &Intent,
     facts: &Facts,
     me: Myself<'_>,
     (name, member): (&MemberName, &Member),
 ) {
+    let sources = Family::ALL.map(|family| (family, own_source(me.member, name, family, &facts.addresses)));
     for prefix in offered(member, &intent.me) {
-        state.routes.insert((Table::Closed, prefix), Route::Unreachable);
         if let Some(device) = Device::all().find(|device| state.allowed_ips.contains_key(&(*device, prefix))) {
-            let source = own_source(me.member, name, Family::of(&prefix), &facts.addresses);
+            let source =
+                sources.iter().find(|(family, _)| *family == Family::of(&prefix)).and_then(|(_, source)| *source);
             state.routes.insert((Table::Remote, prefix), Route::Dev { device, source });
         }
     }
@@ -171,15 +190,22 @@ fn own_source(me: &Member, to: &MemberName, family: Family, addresses: &BTreeSet
 }
 
 /// An endpoint inside a remote range must not be sent into the tunnel that it carries. In both tables, or a forwarded
-/// packet would meet the twin.
+/// packet would meet the twin. Where a peer has roamed to is not carved out: it must not choose what goes in the clear.
 fn carve_out_endpoints(state: &mut State, intent: &Intent, facts: &Facts) {
     let gateways = intent.members.values().flat_map(|member| member.gateways.values());
     let hosts = gateways.flat_map(|gateway| gateway.endpoints.iter().map(|endpoint| &endpoint.host));
-    let addresses: BTreeSet<IpAddr> = hosts.flat_map(|host| addresses_of(host, &facts.resolved)).collect();
-    let ranges: Vec<IpNetwork> = state.routes.keys().map(|(_, prefix)| *prefix).collect();
-    for address in addresses.into_iter().filter(|address| ranges.iter().any(|range| range.contains(*address))) {
+    let named: BTreeSet<IpAddr> = hosts.flat_map(|host| addresses_of(host, &facts.resolved)).collect();
+    let ranges: BTreeSet<IpNetwork> = state.routes.keys().map(|(_, range)| *range).collect();
+    let lengths: BTreeSet<u8> = ranges.iter().map(IpNetwork::prefix).collect();
+    let inside = |address: &IpAddr| {
+        let around = lengths.iter().filter_map(|length| IpNetwork::new(*address, *length).ok());
+        around
+            .filter_map(|range| IpNetwork::new(range.network(), range.prefix()).ok())
+            .any(|range| ranges.contains(&range))
+    };
+    for address in named.union(&facts.carved).filter(|address| inside(address)) {
         for table in Table::ALL {
-            state.routes.insert((table, IpNetwork::from(address)), Route::Throw);
+            state.routes.insert((table, IpNetwork::from(*address)), Route::Throw);
         }
     }
 }
@@ -196,7 +222,7 @@ pub fn addresses_of(host: &Host, resolved: &BTreeMap<String, Vec<IpAddr>>) -> Ve
 /// hold disjoint prefixes, and of a member's nested ones the widest stands for all.
 fn packet_rules(intent: &Intent, me: Myself<'_>, left_out: impl Fn(&MemberName) -> bool) -> Nft {
     let mut nft = Nft::default();
-    for (name, member) in intent.members.iter().filter(|(name, _)| **name != intent.me && !left_out(name)) {
+    for (name, member) in others(intent).filter(|(name, _)| !left_out(name)) {
         let own = widest(offered(me.member, name));
         for remote in widest(offered(member, &intent.me)) {
             for own in own.iter().copied().filter(|own| own.is_ipv4() == remote.is_ipv4()) {
@@ -224,14 +250,8 @@ fn device_mtu(underlay: u32) -> u32 {
     underlay.saturating_sub(OVERHEAD).clamp(MIN_MTU, MAX_MTU)
 }
 
-/// The userspace backend's packet buffers hold no more, in bytes.
+/// Bytes: larger devices have not been tried.
 const MAX_MTU: u32 = 3_900;
-
-/// The slots that the mesh's other members use: as many devices does this node need.
-pub fn ordinals(intent: &Intent) -> BTreeSet<Ordinal> {
-    let others = intent.members.iter().filter(|(name, _)| **name != intent.me);
-    others.flat_map(|(_, member)| member.gateways.keys().copied()).collect()
-}
 
 /// Which member's gateway a pair is.
 pub fn member_of<'a>(intent: &'a Intent, device: Device, key: &PublicKey) -> Option<&'a MemberName> {
@@ -247,7 +267,7 @@ mod tests {
         intent::{Endpoint, Offer},
         keys::PskId,
         model::key,
-        names::MemberId,
+        names::{MemberId, Ordinal},
     };
     use expect_test::{Expect, expect};
     use proptest::{collection, prelude::*};
@@ -299,6 +319,7 @@ mod tests {
             psks: BTreeMap::new(),
             resolved: [("gw.example.com".into(), vec!["10.44.9.9".parse().expect("an address")])].into(),
             dial: BTreeMap::new(),
+            carved: BTreeSet::new(),
             underlay_mtu: 1500,
             ipv6: true,
             addresses: ["10.42.0.1".parse().expect("an address"), "192.0.2.1".parse().expect("an address")].into(),
@@ -328,10 +349,10 @@ mod tests {
             TWO,
             &facts(),
             expect![[r#"
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16 }
                 wg set carrick-wg0 listen-port 27473 private-key <of K0>
                 ip link set carrick-wg0 mtu 1420 addrgenmode none up
                 wg set carrick-wg0 peer K10 persistent-keepalive 25 allowed-ips +10.44.0.0/16
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16 }
                 ip -4 rule add priority 11 lookup 7473
                 ip -4 rule add priority 12 not iif lo lookup 7474
                 ip -6 rule add priority 11 lookup 7473
@@ -353,6 +374,7 @@ mod tests {
             mesh,
             &facts(),
             expect![[r#"
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16, fd00:42::/48 . fd00:44::/48, fd00:44::/48 . fd00:42::/48 } admit { 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16, fd00:44::/48 . fd00:42::/48 }
                 wg set carrick-wg0 listen-port 27473 private-key <of K0>
                 wg set carrick-wg1 listen-port 27474 private-key <of K0>
                 ip link set carrick-wg0 mtu 1420 addrgenmode none up
@@ -360,7 +382,6 @@ mod tests {
                 wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+fd00:44::/48
                 wg set carrick-wg1 peer K21 allowed-ips +10.45.0.0/16
                 wg set carrick-wg1 peer K11 allowed-ips +10.44.0.0/16,+fd00:44::/48
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16, fd00:42::/48 . fd00:44::/48, fd00:44::/48 . fd00:42::/48 } admit { 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16, fd00:44::/48 . fd00:42::/48 }
                 ip -4 rule add priority 11 lookup 7473
                 ip -4 rule add priority 12 not iif lo lookup 7474
                 ip -6 rule add priority 11 lookup 7473
@@ -386,11 +407,11 @@ mod tests {
             mesh,
             &facts(),
             expect![[r#"
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.46.0.0/16, 10.43.0.0/16 . 10.45.0.0/16, 10.43.0.0/16 . 10.46.0.0/16, 10.45.0.0/16 . 10.43.0.0/16, 10.46.0.0/16 . 10.42.0.0/16, 10.46.0.0/16 . 10.43.0.0/16 } admit { 10.45.0.0/16 . 10.43.0.0/16, 10.46.0.0/16 . 10.42.0.0/16, 10.46.0.0/16 . 10.43.0.0/16 }
                 wg set carrick-wg0 listen-port 27473 private-key <of K0>
                 ip link set carrick-wg0 mtu 1420 addrgenmode none up
                 wg set carrick-wg0 peer K10 allowed-ips +10.46.0.0/16
                 wg set carrick-wg0 peer K20 allowed-ips +10.45.0.0/16
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.46.0.0/16, 10.43.0.0/16 . 10.45.0.0/16, 10.43.0.0/16 . 10.46.0.0/16, 10.45.0.0/16 . 10.43.0.0/16, 10.46.0.0/16 . 10.42.0.0/16, 10.46.0.0/16 . 10.43.0.0/16 } admit { 10.45.0.0/16 . 10.43.0.0/16, 10.46.0.0/16 . 10.42.0.0/16, 10.46.0.0/16 . 10.43.0.0/16 }
                 ip -4 rule add priority 11 lookup 7473
                 ip -4 rule add priority 12 not iif lo lookup 7474
                 ip -6 rule add priority 11 lookup 7473
@@ -413,10 +434,10 @@ mod tests {
             mesh,
             &Facts { ipv6: false, ..facts() },
             expect![[r#"
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, fd00:42::/48 . fd00:44::/48, fd00:44::/48 . fd00:42::/48 } admit { 10.44.0.0/16 . 10.42.0.0/16, fd00:44::/48 . fd00:42::/48 }
                 wg set carrick-wg0 listen-port 27473 private-key <of K0>
                 ip link set carrick-wg0 mtu 1420 addrgenmode none up
                 wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+fd00:44::/48
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, fd00:42::/48 . fd00:44::/48, fd00:44::/48 . fd00:42::/48 } admit { 10.44.0.0/16 . 10.42.0.0/16, fd00:44::/48 . fd00:42::/48 }
                 ip -4 rule add priority 11 lookup 7473
                 ip -4 rule add priority 12 not iif lo lookup 7474
                 ip route replace unreachable 10.44.0.0/16 table 7474
@@ -435,21 +456,21 @@ mod tests {
             mesh,
             &facts(),
             expect![[r#"
-            wg set carrick-wg0 listen-port 27473 private-key <of K0>
-            ip link set carrick-wg0 mtu 1420 addrgenmode none up
-            wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+10.44.0.0/24,+10.44.8.0/24
-            nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16 }
-            ip -4 rule add priority 11 lookup 7473
-            ip -4 rule add priority 12 not iif lo lookup 7474
-            ip -6 rule add priority 11 lookup 7473
-            ip -6 rule add priority 12 not iif lo lookup 7474
-            ip route replace unreachable 10.44.0.0/16 table 7474
-            ip route replace unreachable 10.44.0.0/24 table 7474
-            ip route replace unreachable 10.44.8.0/24 table 7474
-            ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-            ip route replace 10.44.0.0/24 dev carrick-wg0 src 10.42.0.1 table 7473
-            ip route replace 10.44.8.0/24 dev carrick-wg0 src 10.42.0.1 table 7473
-        "#]],
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16 }
+                wg set carrick-wg0 listen-port 27473 private-key <of K0>
+                ip link set carrick-wg0 mtu 1420 addrgenmode none up
+                wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+10.44.0.0/24,+10.44.8.0/24
+                ip -4 rule add priority 11 lookup 7473
+                ip -4 rule add priority 12 not iif lo lookup 7474
+                ip -6 rule add priority 11 lookup 7473
+                ip -6 rule add priority 12 not iif lo lookup 7474
+                ip route replace unreachable 10.44.0.0/16 table 7474
+                ip route replace unreachable 10.44.0.0/24 table 7474
+                ip route replace unreachable 10.44.8.0/24 table 7474
+                ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
+                ip route replace 10.44.0.0/24 dev carrick-wg0 src 10.42.0.1 table 7473
+                ip route replace 10.44.8.0/24 dev carrick-wg0 src 10.42.0.1 table 7473
+            "#]],
         );
     }
 
@@ -464,22 +485,22 @@ mod tests {
             mesh,
             &facts(),
             expect![[r#"
+                ip route replace throw 10.44.7.7/32 table 7474
+                ip route replace throw 10.44.9.9/32 table 7474
+                ip route replace throw 10.44.7.7/32 table 7473
+                ip route replace throw 10.44.9.9/32 table 7473
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 }
                 wg set carrick-wg0 listen-port 27473 private-key <of K0>
                 ip link set carrick-wg0 mtu 1420 addrgenmode none up
                 wg set carrick-wg0 peer K10 persistent-keepalive 25 allowed-ips +10.44.0.0/16
                 wg set carrick-wg0 peer K20 persistent-keepalive 25 allowed-ips +10.45.0.0/16
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 }
                 ip -4 rule add priority 11 lookup 7473
                 ip -4 rule add priority 12 not iif lo lookup 7474
                 ip -6 rule add priority 11 lookup 7473
                 ip -6 rule add priority 12 not iif lo lookup 7474
                 ip route replace unreachable 10.44.0.0/16 table 7474
-                ip route replace throw 10.44.7.7/32 table 7474
-                ip route replace throw 10.44.9.9/32 table 7474
                 ip route replace unreachable 10.45.0.0/16 table 7474
                 ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-                ip route replace throw 10.44.7.7/32 table 7473
-                ip route replace throw 10.44.9.9/32 table 7473
                 ip route replace 10.45.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
             "#]],
         );
@@ -498,10 +519,10 @@ mod tests {
             mesh,
             &Facts { psks: psks.into(), ..facts() },
             expect![[r#"
+                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.45.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } admit { 10.45.0.0/16 . 10.42.0.0/16 }
                 wg set carrick-wg0 listen-port 27473 private-key <of K0>
                 ip link set carrick-wg0 mtu 1420 addrgenmode none up
                 wg set carrick-wg0 peer K20 preshared-key <0707070707070707> allowed-ips +10.45.0.0/16
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.45.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } admit { 10.45.0.0/16 . 10.42.0.0/16 }
                 ip -4 rule add priority 11 lookup 7473
                 ip -4 rule add priority 12 not iif lo lookup 7474
                 ip -6 rule add priority 11 lookup 7473
@@ -515,25 +536,36 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_the_folder_does_not_name_owns_nothing() {
+    fn a_node_that_the_folder_does_not_name_closes_what_the_others_claim() {
         check(
             TWO,
             &Facts { slot_keys: [key(77)].into(), ..facts() },
             expect![[r#"
-            MeshCluster/mn spec.gateways[ordinal=0].publicKey: NotInMesh: K0 is not the key of this node's slot 0: put the public key that `carrick keys show` prints here, or the private key that belongs to this one into the keys folder
-        "#]],
+                ip -4 rule add priority 11 lookup 7473
+                ip -4 rule add priority 12 not iif lo lookup 7474
+                ip -6 rule add priority 11 lookup 7473
+                ip -6 rule add priority 12 not iif lo lookup 7474
+                ip route replace unreachable 10.44.0.0/16 table 7474
+                MeshCluster/mn spec.gateways[ordinal=0].publicKey: NotInMesh: K0 is not the key of this node's slot 0: put the public key that `carrick keys show` prints here, or the private key that belongs to this one into the keys folder
+            "#]],
         );
         check(
             TWO,
             &Facts { slot: Ordinal::new(3).expect("in range"), ..facts() },
             expect![[r#"
-            MeshCluster/mn spec.gateways: NotInMesh: the folder names no gateway with ordinal 3: add it with publicKey K0
-        "#]],
+                ip -4 rule add priority 11 lookup 7473
+                ip -4 rule add priority 12 not iif lo lookup 7474
+                ip -6 rule add priority 11 lookup 7473
+                ip -6 rule add priority 12 not iif lo lookup 7474
+                ip route replace unreachable 10.44.0.0/16 table 7474
+                MeshCluster/mn spec.gateways: NotInMesh: the folder names no gateway with ordinal 3: add it with publicKey K0
+            "#]],
         );
         let mut nobody = intent(TWO);
         nobody.me = "xx".parse().expect("a label");
         let (state, rejected) = plan(&nobody, &facts());
-        assert_eq!(state, State::default());
+        assert_eq!(state.peers, BTreeMap::new());
+        assert!(state.routes.values().all(|route| *route == Route::Unreachable) && state.routes.len() == 2);
         expect!["MeshCluster/xx metadata.name: NotInMesh: no accepted MeshCluster is called xx: add one, or mend --cluster-name"].assert_eq(&rejected[0].to_string());
     }
 

@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     time::{Duration, SystemTime},
 };
 
@@ -18,12 +19,12 @@ use crate::{
     },
     keyring::{Keyring, Preshared},
     keys::{PresharedKey, PublicKey},
-    names::{Device, Ordinal},
+    names::{Device, Ordinal, Table},
     plan::plan,
     reconcile::Reading,
     resolve::Resolved,
     source::Snapshot,
-    state::State,
+    state::{Route, State},
 };
 
 /// The folder, as this member understands it.
@@ -119,6 +120,7 @@ pub fn survey(
             .collect(),
         resolved: resolved.addresses.clone(),
         dial: BTreeMap::new(),
+        carved: carved(reading),
         underlay_mtu: node.underlay_mtu,
         ipv6: !node.conditions.contains(&Condition::Ipv6Off),
         addresses: node.addresses.clone(),
@@ -140,4 +142,10 @@ fn seen(reading: &Reading, now: SystemTime) -> BTreeMap<(Device, PublicKey), See
             (*pair, Seen { endpoint: peer.endpoint, handshake, tx_bytes: stats.tx_bytes })
         })
         .collect()
+}
+
+/// The endpoints in use that have their `throw` route.
+fn carved(reading: &Reading) -> BTreeSet<IpAddr> {
+    let in_use = reading.state.peers.values().filter_map(|peer| peer.endpoint.map(|endpoint| endpoint.ip()));
+    in_use.filter(|ip| reading.state.routes.get(&(Table::Remote, (*ip).into())) == Some(&Route::Throw)).collect()
 }
