@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use ipnetwork::IpNetwork;
 use tokio::{
     sync::{mpsc, oneshot},
     time::{sleep_until, timeout_at},
@@ -22,11 +23,13 @@ use crate::{
         events::{self, Event},
         facts,
     },
+    names::Table,
     plan::member_of,
     reconcile::{Kernel, Outcome, Reading, reconcile},
     resolve::{Resolved, Resolver},
     run_dir::{Lock, LockError},
     source::{self, Snapshot},
+    state::Route,
     status::{PeerStatus, RouteStatus, Status, connected},
     status_socket,
     survey::{Keys, Survey, View, survey},
@@ -98,7 +101,7 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
         let cause = tokio::select! {
             () = &mut shutdown => break,
             changed = snapshots.changed() => { changed.expect("the follower outlives us"); Cause::Intent }
-            event = events.next() => cause_of(event),
+            event = events.next(), if Instant::now() >= agent.quiet_until => cause_of(event),
             () = tunnel.changed() => Cause::Kernel,
             changed = resolved.changed() => { changed.expect("the agent holds the resolver"); Cause::Facts }
             Some(sender) = asked.recv() => { reply = Some(sender); Cause::Resync }
@@ -128,6 +131,14 @@ fn cause_of(event: Event) -> Cause {
     }
 }
 
+/// How long events wait after so many contested passes in a row: the first few repairs are immediate.
+fn calm(contested: u32) -> Duration {
+    match contested {
+        0..=3 => Duration::ZERO,
+        _ => Duration::from_secs(1 << (contested - 4).min(5)).min(LAST_RETRY),
+    }
+}
+
 /// What lives from one pass to the next. None of it is the kernel's state: that is read each time.
 struct Agent {
     args: args::Node,
@@ -142,6 +153,11 @@ struct Agent {
     started: Instant,
     next_pass: Instant,
     retry: Duration,
+    /// Passes in a row that an event caused and that wrote or failed: somebody undoes what we do, or our own failing
+    /// makes the event.
+    contested: u32,
+    /// Until then events wait.
+    quiet_until: Instant,
     /// What was last said, so that it is said once.
     told: BTreeSet<String>,
 }
@@ -164,6 +180,8 @@ impl Agent {
             // The folder's first snapshot comes before that.
             next_pass: now + FIRST_RETRY,
             retry: FIRST_RETRY,
+            contested: 0,
+            quiet_until: now,
             told: BTreeSet::new(),
         })
     }
@@ -190,17 +208,17 @@ impl Agent {
             Err(error) => return self.unable(format!("cannot read this node's links and addresses: {error}")),
         };
         let reading = self.kernel.read().await;
-        let (_, view) = self.view.as_ref().expect("set above");
+        let (snapshot, view) = self.view.take().expect("set above");
         let clock = (&mut self.dialer, self.started.elapsed());
-        let survey = survey(view, &self.keys, &node, resolved, &reading, &self.args, clock);
+        let survey = survey(&view, &self.keys, &node, resolved, &reading, &self.args, clock);
         let outcome = reconcile(&survey.desired, survey.complete, &reading, &mut self.kernel).await;
-        let view = view.clone();
-        self.schedule(&survey, &reading, &outcome);
+        self.schedule(cause, &survey, &reading, &outcome);
         for op in &outcome.applied {
             info!("{op}");
         }
         debug!(?cause, took = ?began.elapsed(), applied = outcome.applied.len(), "pass");
         let status = self.status(&view, &survey, &reading, &outcome, &node, resolved);
+        self.view = Some((snapshot, view));
         self.tell(&status);
         status
     }
@@ -213,14 +231,25 @@ impl Agent {
         status
     }
 
-    fn schedule(&mut self, survey: &Survey, reading: &Reading, outcome: &Outcome) {
+    fn schedule(&mut self, cause: Cause, survey: &Survey, reading: &Reading, outcome: &Outcome) {
+        let now = Instant::now();
         let failed = !outcome.failed.is_empty() || !reading.failed.is_empty();
         self.retry = if failed { (self.retry * 2).min(LAST_RETRY) } else { FIRST_RETRY };
         if failed {
-            self.next_pass = self.next_pass.min(Instant::now() + self.retry);
+            self.next_pass = self.next_pass.min(now + self.retry);
         }
         if let Some(again) = survey.again {
             self.next_pass = self.next_pass.min(self.started + again);
+        }
+        let wrote = !outcome.applied.is_empty() || !outcome.failed.is_empty();
+        match cause {
+            Cause::Kernel | Cause::Facts if wrote => self.contested += 1,
+            _ if !wrote => self.contested = 0,
+            _ => {}
+        }
+        self.quiet_until = now + calm(self.contested);
+        if self.contested > 0 {
+            self.next_pass = self.next_pass.min(self.quiet_until.max(now + FIRST_RETRY));
         }
     }
 
@@ -253,6 +282,7 @@ impl Agent {
         let mut problems = view.problems.clone();
         problems.extend(self.keys.problems.iter().cloned().chain(unresolved));
         problems.extend(node.conditions.iter().map(ToString::to_string));
+        problems.extend(taken_from_us(survey, node));
         Status {
             synced: true,
             ready: survey.complete && survey.rejected.is_empty() && failures.is_empty() && outcome.withheld == 0,
@@ -311,6 +341,21 @@ fn routes(view: &View) -> Vec<RouteStatus> {
     routes
 }
 
+/// Remote ranges that hold an address of this node: its neighbours there are now reached through a tunnel, if at all.
+fn taken_from_us(survey: &Survey, node: &facts::Node) -> Vec<String> {
+    let ways =
+        survey.desired.routes.iter().filter(|((table, _), route)| *table == Table::Remote && **route != Route::Throw);
+    let ranges: Vec<_> = ways.map(|((_, range), _)| *range).collect();
+    let held = |range: &&IpNetwork| node.addresses.iter().find(|address| range.contains(**address));
+    let told = ranges.iter().filter_map(|range| held(&range).map(|address| (range, address)));
+    told.map(|(range, address)| {
+        format!(
+            "{range} is another member's, but this node has {address} in it: name this cluster's part with --local-cidr"
+        )
+    })
+    .collect()
+}
+
 /// An error and what caused it, on one line.
 pub fn with_cause(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -324,4 +369,15 @@ pub fn with_cause(error: &dyn std::error::Error) -> String {
 
 fn host_name() -> String {
     nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "localhost".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fight_over_the_kernel_is_fought_ever_more_slowly() {
+        let seconds: Vec<u64> = (0..12).map(|contested| calm(contested).as_secs()).collect();
+        assert_eq!(seconds, [0, 0, 0, 0, 1, 2, 4, 8, 16, 30, 30, 30]);
+    }
 }

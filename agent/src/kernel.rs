@@ -195,7 +195,7 @@ impl<W: WireGuard> Linux<W> {
     /// Replaces the nft table; connections that its rules come too late for are then made to begin anew.
     async fn set_nft(&mut self, nft: Option<&Nft>) -> io::Result<()> {
         let wanted = nft.cloned();
-        blocking(move || nft::write(wanted.as_ref()).map_err(io::Error::other)).await?;
+        blocking(move || Ok(nft::write(wanted.as_ref())?)).await?;
         self.masqueraded = nft.is_some();
         if let Some(nft) = nft {
             let pairs = nft.keep_source.clone();
@@ -216,7 +216,7 @@ impl<W: WireGuard> Kernel for Linux<W> {
         self.read_wireguard(&mut reading).await;
         self.read_links_and_routes(&mut reading).await;
         reading.state.rules = keep(&mut reading, Layer::Rule, rule::read(&self.rtnl).await);
-        let nft = blocking(|| nft::read().map_err(io::Error::other)).await;
+        let nft = blocking(|| Ok(nft::read()?)).await;
         reading.state.nft = keep(&mut reading, Layer::Nft, nft).filter(|_| !self.masqueraded);
         reading
     }

@@ -103,10 +103,14 @@ pub struct Outcome {
 /// Whether an operation must wait for a better view. `failed`: operations of this pass that went wrong.
 pub fn waits(op: &Op, complete: bool, reading: &Reading, failed: &[ApplyError]) -> bool {
     let unread = |layer: Layer| reading.failed.iter().any(|failed| failed.layer == layer);
+    // Each further call would hang for as long.
+    let hangs = |layer: Layer| {
+        failed.iter().any(|failed| failed.op.layer() == layer && failed.source.kind() == io::ErrorKind::TimedOut)
+    };
     let unguarded = reading.state.nft.is_none()
         && (unread(Layer::Nft) || failed.iter().any(|failed| matches!(failed.op, Op::GrowNft(_))));
     match op {
-        _ if unread(op.layer()) => true,
+        _ if unread(op.layer()) || hangs(op.layer()) => true,
         Op::SetLink { .. } | Op::SetPeer { .. } => unguarded,
         op if op.is_break() => !complete || !reading.failed.is_empty() || !failed.is_empty(),
         _ => false,

@@ -9,11 +9,12 @@ use crate::{
     args,
     diff::diff,
     kernel::{self, Linux, Secrets},
+    names::Device,
     reconcile::{Kernel, Layer},
     run_dir::Lock,
     state::{Op, State},
     status_socket,
-    tunnel::{self, client::Client},
+    tunnel::{self, TunnelOptions, client::Client},
 };
 
 pub(super) async fn run(args: args::Cleanup) -> anyhow::Result<bool> {
@@ -53,7 +54,10 @@ fn remove_files(run_dir: &Path, agent: Lock) -> usize {
     let remove = |path: &Path| gone(path, fs::remove_file(path));
     let mut all = vec![remove(&status_socket::path(run_dir))];
     match Lock::take(run_dir, "tunnel") {
-        Ok(_tunnel) => all.push(remove(&run_dir.join(tunnel::SOCKET))),
+        Ok(_tunnel) => {
+            all.push(remove(&run_dir.join(tunnel::SOCKET)));
+            all.push(remove_uapi_sockets(&TunnelOptions::default().uapi_dir, remove));
+        }
         Err(held) => eprintln!("carrick: {held}: it holds no device any more, and goes on"),
     }
     drop(agent);
@@ -62,6 +66,13 @@ fn remove_files(run_dir: &Path, agent: Lock) -> usize {
         all.push(gone(run_dir, fs::remove_dir(run_dir)));
     }
     all.into_iter().filter(|gone| !gone).count()
+}
+
+/// `wg`'s sockets of our devices, and their folder if that leaves it empty.
+fn remove_uapi_sockets(dir: &Path, remove: impl Fn(&Path) -> bool) -> bool {
+    let all: Vec<bool> = Device::all().map(|device| remove(&dir.join(format!("{device}.sock")))).collect();
+    let empty = fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
+    all.into_iter().all(|gone| gone) && (!empty || gone(dir, fs::remove_dir(dir)))
 }
 
 fn done(operation: &Op, result: io::Result<()>) -> bool {

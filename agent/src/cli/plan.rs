@@ -12,9 +12,10 @@ use crate::{
     dial::Dialer,
     diff::diff,
     kernel::{Linux, facts},
-    reconcile::Kernel,
+    reconcile::{Kernel, waits},
     resolve::{Resolved, Resolver},
     source,
+    state::Op,
     survey::{Keys, View, survey},
     tunnel::client::Client,
 };
@@ -26,6 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 #[serde(rename_all = "camelCase")]
 struct Answer {
     operations: Vec<String>,
+    /// What would be done if everything could be read.
+    waiting: Vec<String>,
     rejections: Vec<String>,
     problems: Vec<String>,
 }
@@ -45,9 +48,12 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     let clock = (&mut Dialer::default(), Duration::ZERO);
     let survey = survey(&view, &keys, &node, &resolved, &reading, &args.node, clock);
     let operations = diff(&survey.desired, &reading.state);
+    let (waiting, operations): (Vec<Op>, Vec<Op>) =
+        operations.into_iter().partition(|operation| waits(operation, survey.complete, &reading, &[]));
     let unresolved = resolved.failed.iter().map(|(name, why)| format!("endpoint {name} does not resolve: {why}"));
     let answer = Answer {
         operations: operations.iter().map(ToString::to_string).collect(),
+        waiting: waiting.iter().map(ToString::to_string).collect(),
         rejections: view.rejected.iter().chain(&survey.rejected).map(ToString::to_string).collect(),
         problems: (view.problems.iter().chain(&keys.problems).cloned())
             .chain(node.conditions.iter().map(ToString::to_string))
@@ -57,9 +63,10 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     };
     super::print(args.output.output, &answer, || {
         let operations = answer.operations.iter().map(|operation| format!("{operation}\n"));
+        let waiting = answer.waiting.iter().map(|operation| format!("# waits: {operation}\n"));
         let rejections = answer.rejections.iter().map(|rejection| format!("# refused: {rejection}\n"));
         let problems = answer.problems.iter().map(|problem| format!("# problem: {problem}\n"));
-        operations.chain(rejections).chain(problems).collect()
+        operations.chain(waiting).chain(rejections).chain(problems).collect()
     })?;
     Ok(true)
 }

@@ -17,9 +17,16 @@ use std::{
     io::{self, Write as _},
     net::IpAddr,
     process::{Command, Output, Stdio},
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 use ipnetwork::IpNetwork;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 
 use super::prefix;
@@ -29,6 +36,8 @@ use crate::{names::DEVICE_PREFIX, state::Nft};
 pub(super) const TABLE: &str = "carrick";
 
 const NFT: &str = "nft";
+/// A transaction takes milliseconds; one that hangs must not hang the agent.
+const LIMIT: Duration = Duration::from_secs(10);
 
 type Pairs = BTreeSet<(IpNetwork, IpNetwork)>;
 
@@ -66,16 +75,25 @@ const FAMILIES: [Sets; 2] = [
 pub enum Error {
     #[error("nft is not installed: install the package `nftables`")]
     Missing,
-    #[error("cannot run nft: {0}")]
+    #[error("cannot run nft")]
     Run(#[source] io::Error),
+    #[error("nft did not end within {} s and was killed", LIMIT.as_secs())]
+    Hung,
     #[error("nft {action}: {stderr}")]
     Failed { action: &'static str, stderr: String },
-    #[error("nft lists the table in a form that is not understood: {0}")]
+    #[error("nft lists the table in a form that is not understood")]
     Json(#[from] serde_json::Error),
     #[error(
         "nft lists the table otherwise than it was written: is this version of nft (`nft --version`) newer than carrick?"
     )]
     Changed,
+}
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> io::Error {
+        let kind = if matches!(error, Error::Hung) { io::ErrorKind::TimedOut } else { io::ErrorKind::Other };
+        io::Error::new(kind, error)
+    }
 }
 
 /// The table, if it is there and undamaged.
@@ -108,14 +126,23 @@ fn run(program: &str, args: &[&str], stdin: &str) -> Result<Output, Error> {
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| if error.kind() == io::ErrorKind::NotFound { Error::Missing } else { Error::Run(error) })?;
-    if let Some(mut pipe) = child.stdin.take() {
-        match pipe.write_all(stdin.as_bytes()) {
-            // It has stopped reading: what it says about that comes with its output.
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(Error::Run(error)),
-            _ => {}
-        }
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let (ended, watched) = mpsc::channel::<()>();
+    let watchdog = thread::spawn(move || {
+        let hangs = watched.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout);
+        hangs.then(|| kill(pid, Signal::SIGKILL))
+    });
+    let fed = child.stdin.take().map_or(Ok(()), |mut pipe| pipe.write_all(stdin.as_bytes()));
+    let output = child.wait_with_output();
+    drop(ended);
+    if matches!(watchdog.join(), Ok(Some(_))) {
+        return Err(Error::Hung);
     }
-    child.wait_with_output().map_err(Error::Run)
+    match fed {
+        // It has stopped reading: what it says about that comes with its output.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Error::Run(error)),
+        _ => output.map_err(Error::Run),
+    }
 }
 
 fn succeed(action: &'static str, output: Output) -> Result<Output, Error> {
