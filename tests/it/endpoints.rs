@@ -45,14 +45,44 @@ fn an_endpoint_inside_a_remote_range_does_not_go_through_the_tunnel() {
         joined.wait_reaches("va", "mn")?;
         let endpoint = joined.node("mn")?.addresses[0];
         let routes = joined.shell("va", "ip route show table 7473; ip route show table 7474")?;
-        let thrown = routes.lines().filter(|line| {
-            line.trim() == format!("throw {endpoint} proto carrick")
-                || (line.starts_with("throw") && line.contains(&endpoint.to_string()))
-        });
+        let thrown = routes.lines().filter(|line| line.starts_with(&format!("throw {endpoint} ")));
         ensure!(thrown.count() == 2, "a throw route in each table: {routes}");
         let way = joined.shell("va", &format!("ip route get {endpoint}; ip route get 203.0.113.9"))?;
         ensure!(way.contains(&format!("{endpoint} via 192.168.2.1")), "{way}");
         ensure!(way.contains("203.0.113.9 dev carrick-wg0 table 7473"), "{way}");
+        Ok(())
+    });
+}
+
+/// The name moves on and a restarted agent cannot resolve it, but the pair stays where it is: its packets must not
+/// begin to go through the tunnel that they carry.
+#[test]
+fn an_endpoint_in_use_stays_carved_out() {
+    let [mn, va] = Member::pair();
+    let mn = Member { allowed: vec!["203.0.113.0/28".parse().expect("a range")], ..mn };
+    prepared("moved", &[mn, va], |joined| {
+        let member = joined.member("mn")?;
+        joined.mesh.write_routes(member, &member.allowed_ranges())?;
+        let endpoint = joined.node("mn")?.addresses[0];
+        joined.node("va")?.host.set_hosts(&format!("{endpoint} gw.example.net"))?;
+        set_endpoints(joined, &["gw.example.net:27473"])?;
+        joined.start()?;
+        joined.connected()?;
+        joined.wait_reaches("va", "mn")?;
+
+        let (from, to) = (&joined.node("va")?.pods[0].host, &joined.node("mn")?.pods[0].host);
+        let flow = Flow::start(from, to, joined.pod_address("mn")?, MILLISECOND)?;
+        wait_for("an answer", SOON, || flow.first_answer().ok_or_else(|| "none".to_owned()))?;
+        joined.node("va")?.host.set_hosts("")?;
+        joined.kill_agent("va")?;
+        let _agent = joined.start_agent("va")?;
+        joined.wait_status("va", "that the name is dead", |status| {
+            status["problems"].to_string().contains("gw.example.net does not resolve")
+        })?;
+        let report = flow.stop()?;
+        ensure!(report.back.lost == 0, "{report:?}");
+        let way = joined.shell("va", &format!("ip route get {endpoint}"))?;
+        ensure!(way.contains("via 192.168.2.1"), "{way}");
         Ok(())
     });
 }
@@ -75,7 +105,8 @@ fn a_peer_that_roams_keeps_its_session() {
         joined.wait_reaches("mn", "va")?;
         let status = joined.status("mn")?;
         ensure!(roamed(&status), "a pass wrote the endpoint: {status}");
-        flow.stop()?;
+        let report = flow.stop()?;
+        ensure!(report.back.lost < report.sent / 2, "the pair did not follow: {report:?}");
         Ok(())
     });
 }

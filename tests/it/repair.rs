@@ -3,7 +3,7 @@
 use anyhow::ensure;
 use lab::{
     Member,
-    carrick::{Running, difference},
+    carrick::{Running, difference, snapshot},
     traffic::udp::Flow,
     wait_for,
 };
@@ -120,6 +120,23 @@ fn a_killed_tunnel_is_filled_again_and_nothing_leaves_in_the_clear_meanwhile() {
         let seen = capture.stop()?;
         eprintln!("a killed tunnel: {} ms without an answer, {} lost", report.back.longest_gap_ms, report.back.lost);
         ensure!(seen.tunnel > 0 && seen.clear == 0 && seen.missed == 0, "{seen:?}");
+        Ok(())
+    });
+}
+
+/// Both programs are killed; what they left behind goes, and the node is as it was before them.
+#[test]
+fn cleanup_after_a_crash_leaves_nothing() {
+    prepared("crash", &Member::pair(), |joined| {
+        let before = snapshot(joined.node("mn")?)?;
+        joined.start()?;
+        joined.connected()?;
+        let Running { tunnel, agent } = joined.running.remove("mn").expect("it runs");
+        agent.kill()?;
+        tunnel.kill()?;
+        joined.carrick.cleanup(joined.node("mn")?)?;
+        let left = difference(&before, &snapshot(joined.node("mn")?)?);
+        ensure!(left.is_empty(), "{left:#?}");
         Ok(())
     });
 }

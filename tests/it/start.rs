@@ -81,16 +81,81 @@ fn a_key_file_that_cannot_be_used_is_named_and_nothing_is_made_up() {
     });
 }
 
-/// A key that was good stays in use when its file goes bad; a wrong preshared key is never replaced by none.
+/// Keys that were good stay in use when their files go bad; a wrong preshared key is never replaced by none.
 #[test]
 fn keys_that_go_bad_take_nothing_away() {
-    joined("bad-psk", |joined| {
+    prepared("bad-keys", &Member::pair(), |joined| {
+        for (member, other) in [("mn", "va"), ("va", "mn")] {
+            write_psk(&keys(joined, member)?.join(format!("psk-{other}")), PSK)?;
+        }
+        joined.start()?;
+        joined.connected()?;
         let before = joined.network("mn")?;
         fs::remove_file(keys(joined, "mn")?.join("gateway-0"))?;
-        joined
-            .wait_status("mn", "that it is missing", |status| says(status, "problems", "gateway-0: does not exist"))?;
+        write_psk(&keys(joined, "mn")?.join("psk-va"), "short")?;
+        for text in ["gateway-0: does not exist", "psk-va: line 1"] {
+            joined.wait_status("mn", text, |status| says(status, "problems", text))?;
+        }
         ensure!(joined.network("mn")? == before);
         ensure!(joined.reaches("mn", "va")? == [true, true]);
+
+        joined.kill_agent("mn")?;
+        let _agent = joined.start_agent("mn")?;
+        joined
+            .wait_status("mn", "that it is not ready", |status| status["synced"] == true && status["ready"] == false)?;
+        ensure!(joined.network("mn")? == before);
+        ensure!(joined.reaches("mn", "va")? == [true, true]);
+        Ok(())
+    });
+}
+
+const PSK: &str = "c2hhcmVkIGJ5IHR3byBtZW1iZXJzLCBub3QgcHJpbnQ=";
+
+fn write_psk(file: &std::path::Path, key: &str) -> Result<()> {
+    fs::write(file, format!("{key}\n"))?;
+    Ok(fs::set_permissions(file, fs::Permissions::from_mode(0o600))?)
+}
+
+/// Without nft nothing can say what a peer may send here, so no peer is made.
+#[test]
+fn without_nft_there_is_no_peer() {
+    prepared("no-nft", &Member::pair(), |joined| {
+        let _tunnel = joined.carrick.start_tunnel(joined.node("mn")?)?;
+        let agent = agent(joined, "")?;
+        let arguments: Vec<&str> = agent.split_whitespace().collect();
+        let path = joined.carrick.path().to_str().context("a path")?;
+        let words = [&["PATH=/nowhere", path][..], &arguments].concat();
+        let _agent = joined.node("mn")?.host.spawn("agent", "env", &words)?;
+        joined.wait_status("mn", "what is missing", |status| {
+            status["failures"].to_string().contains("nft is not installed: install the package `nftables`")
+        })?;
+        let shown = joined.shell("mn", "wg show")?;
+        ensure!(!shown.contains("peer:"), "{shown}");
+        let routes = joined.shell("mn", "ip route show table 7474")?;
+        ensure!(routes.contains("unreachable 10.44.0.0/16"), "{routes}");
+        Ok(())
+    });
+}
+
+/// The plan of a node on which nothing runs yet, twice: the first one did nothing.
+#[test]
+fn a_plan_performs_nothing() {
+    prepared("plan", &Member::pair(), |joined| {
+        let before = joined.network("mn")?;
+        let carrick = joined.carrick.path().display().to_string();
+        let plan = |joined: &Joined<'_>, more: &str| {
+            let arguments = agent(joined, more)?.replacen("agent", "plan", 1);
+            joined.shell("mn", &format!("{carrick} {arguments}"))
+        };
+        let first = plan(joined, "")?;
+        ensure!(first.contains("ip route replace unreachable 10.44.0.0/16 table 7474"), "{first}");
+        ensure!(first.contains("# waits: wg set carrick-wg0"), "{first}");
+        ensure!(joined.network("mn")? == before);
+        ensure!(plan(joined, "")? == first);
+        let yaml = plan(joined, "-o yaml")?;
+        ensure!(yaml.starts_with("operations:\n"), "{yaml}");
+        let json: serde_json::Value = serde_json::from_str(&plan(joined, "-o json")?)?;
+        ensure!(json["operations"].as_array().is_some_and(|operations| !operations.is_empty()), "{json}");
         Ok(())
     });
 }
@@ -99,13 +164,9 @@ fn keys_that_go_bad_take_nothing_away() {
 #[test]
 fn no_secret_is_printed() {
     prepared("secrets", &Member::pair(), |joined| {
-        let psk = "c2hhcmVkIGJ5IHR3byBtZW1iZXJzLCBub3QgcHJpbnQ=";
         for (member, other) in [("mn", "va"), ("va", "mn")] {
-            let file = keys(joined, member)?.join(format!("psk-{other}"));
-            fs::write(&file, format!("{psk}\n"))?;
-            fs::set_permissions(&file, fs::Permissions::from_mode(0o600))?;
+            write_psk(&keys(joined, member)?.join(format!("psk-{other}")), PSK)?;
         }
-        joined.shell("mn", "true")?;
         joined.start()?;
         joined.connected()?;
         joined.wait_reaches("mn", "va")?;
@@ -126,7 +187,7 @@ fn no_secret_is_printed() {
             let private = fs::read_to_string(keys(joined, member)?.join("gateway-0"))?;
             ensure!(!printed.contains(private.trim()), "a private key was printed");
         }
-        ensure!(!printed.contains(psk), "a preshared key was printed");
+        ensure!(!printed.contains(PSK), "a preshared key was printed");
         Ok(())
     });
 }
