@@ -241,7 +241,7 @@ fn join(have: &mut Names, more: &Names) {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::symlink, path::Path};
+    use std::{fs, io::Write, os::unix::fs::symlink, path::Path};
 
     use kube::ResourceExt;
     use tokio::time::timeout;
@@ -346,6 +346,28 @@ mod tests {
         put(&file, "a", 2);
         folder.until("a=2").await;
         assert_eq!(folder.seen, ["none", "a=1", "a=1", "a=1 problem", "a=1 problem", "a=2"]);
+    }
+
+    /// As a shell's redirection does it, at a command's pace.
+    #[tokio::test]
+    async fn what_is_being_written_counts_once_it_is_closed() {
+        let dir = Scratch::new();
+        let path = |name: &str| dir.path().join(name);
+        put(&path("a"), "a", 2);
+        put(&path("b"), "b", 2);
+        let [a, b] = ["a", "b"].map(|name| fs::read_to_string(path(name)).unwrap());
+        fs::write(path("mesh.yaml"), format!("{a}---\n{b}")).unwrap();
+        let mut folder = Followed::new(dir.path(), Waker::new(NEVER));
+        folder.until("a=2 b=2").await;
+        let mut writer = fs::File::create(path("mesh.yaml")).unwrap();
+        writer.write_all(a.replace('2', "3").as_bytes()).unwrap();
+        // Another file's change has the folder looked at in the middle of it.
+        put(&path("c.yaml"), "c", 1);
+        folder.until("a=2 b=2 c=1 problem").await;
+        writer.write_all(format!("---\n{b}").as_bytes()).unwrap();
+        drop(writer);
+        folder.until("a=3 b=2 c=1").await;
+        assert!(folder.seen.iter().skip(1).all(|seen| seen.contains("b=2")), "{:?}", folder.seen);
     }
 
     #[tokio::test]
