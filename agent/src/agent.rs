@@ -186,15 +186,17 @@ impl Agent {
         })
     }
 
-    async fn pass(&mut self, cause: Cause, snapshot: Option<Arc<Snapshot>>, resolved: &Resolved) -> Status {
+    async fn pass(&mut self, cause: Cause, followed: source::Followed, resolved: &Resolved) -> Status {
         let began = Instant::now();
         self.next_pass = began + RESYNC;
-        let Some(snapshot) = snapshot else {
-            let folders: Vec<_> = self.args.config_dirs.iter().map(|dir| dir.display().to_string()).collect();
-            let problem = format!("no manifest in {}: nothing is changed until there is one", folders.join(", "));
-            let status = Status { problems: vec![problem], ..self.blank() };
-            self.tell(&status);
-            return status;
+        let snapshot = match followed {
+            Ok(snapshot) => snapshot,
+            Err(missing) => {
+                let problem = format!("{missing}; nothing is changed until it can be read");
+                let status = Status { problems: vec![problem], ..self.blank() };
+                self.tell(&status);
+                return status;
+            }
         };
         if self.view.as_ref().is_none_or(|(of, _)| !Arc::ptr_eq(of, &snapshot)) {
             let view = View::new(&snapshot, &self.args);

@@ -6,6 +6,7 @@
 mod conntrack;
 pub mod events;
 pub mod facts;
+pub(crate) mod lease;
 mod link;
 pub mod nft;
 mod prefix;

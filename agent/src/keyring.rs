@@ -61,6 +61,33 @@ impl Preshared {
 pub struct KeyProblem {
     pub path: PathBuf,
     pub fault: KeyFault,
+    pub lost: Lost,
+}
+
+/// What a problem keeps us from knowing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lost {
+    /// Every key: the directory cannot be read.
+    All,
+    /// The slot's own keys.
+    Slot,
+    /// The key that is shared with this member.
+    Member(MemberName),
+    /// Nothing: the file is none of ours, only named like one (`psk-va~`, `psk-va.bak`).
+    Nothing,
+}
+
+impl KeyProblem {
+    /// Whether it concerns every peer, so that a pass that does not know better must not break anything. A preshared key
+    /// that cannot be used concerns its own member, which is known as [`Preshared::Unusable`]; a stray file nobody.
+    pub fn blocks(&self) -> bool {
+        matches!(self.lost, Lost::All | Lost::Slot)
+    }
+
+    /// The member whose `psk-<member>` file this is.
+    pub fn member(&self) -> Option<&MemberName> {
+        if let Lost::Member(member) = &self.lost { Some(member) } else { None }
+    }
 }
 
 /// Why, and what to do about it.
@@ -108,8 +135,13 @@ impl KeyFault {
         }
     }
 
+    /// While the slot's keys are read or written.
     fn at(self, path: &Path) -> KeyProblem {
-        KeyProblem { path: path.to_owned(), fault: self }
+        self.losing(Lost::Slot, path)
+    }
+
+    fn losing(self, lost: Lost, path: &Path) -> KeyProblem {
+        KeyProblem { path: path.to_owned(), fault: self, lost }
     }
 }
 
@@ -122,7 +154,7 @@ impl Keyring {
         let (mut ring, mut problems) = (Keyring::default(), Vec::new());
         let names = match check_dir(dir).and_then(|()| list(dir)) {
             Ok(names) => names,
-            Err(fault) => return (ring, vec![fault.at(dir)]),
+            Err(fault) => return (ring, vec![fault.losing(Lost::All, dir)]),
         };
         let path = gateway_path(dir, slot);
         match read_keys::<PrivateKey>(&path) {
@@ -135,7 +167,7 @@ impl Keyring {
             let member = match MemberName::from_str(member) {
                 Ok(member) => member,
                 Err(error) => {
-                    problems.push(KeyFault::Name(error).at(&path));
+                    problems.push(KeyFault::Name(error).losing(Lost::Nothing, &path));
                     continue;
                 }
             };
@@ -144,13 +176,30 @@ impl Keyring {
                 Ok(Some(key)) => Preshared::Key(key),
                 Ok(None) => Preshared::Unusable,
                 Err(fault) => {
-                    problems.push(fault.at(&path));
+                    problems.push(fault.losing(Lost::Member(member.clone()), &path));
                     Preshared::Unusable
                 }
             };
             ring.preshared.insert(member, preshared);
         }
         (ring, problems)
+    }
+
+    /// Puts back from `last`, what was known before this reading, exactly what its `problems` took away.
+    pub fn keep(&mut self, last: Keyring, problems: &[KeyProblem]) {
+        for problem in problems {
+            match &problem.lost {
+                // The only problem there is.
+                Lost::All => return *self = last,
+                Lost::Slot => self.private.clone_from(&last.private),
+                Lost::Member(member) => {
+                    if let Some(key) = last.preshared.get(member) {
+                        self.preshared.insert(member.clone(), key.clone());
+                    }
+                }
+                Lost::Nothing => {}
+            }
+        }
     }
 }
 
@@ -440,6 +489,55 @@ mod tests {
                 KEYS/psk-e: line 1 is not base64: what belongs there is 32 bytes in base64, as `wg genkey` and `wg genpsk` write them
             "#]],
         );
+    }
+
+    #[test]
+    fn a_problem_blocks_and_takes_no_more_than_it_must() {
+        let dir = Scratch::new();
+        let good = [("gateway-0", PRIVATE), ("psk-de", SHARED), ("psk-va", OTHER)];
+        good.iter().for_each(|(name, text)| put(&dir, name, 0o600, text));
+        let (before, problems) = Keyring::read(dir.path(), Ordinal::ZERO);
+        assert!(problems.is_empty(), "{problems:?}");
+        let show = |ring: &Keyring| {
+            let shared = |(member, key): (&MemberName, &Preshared)| format!("{member}={}", key.key().is_some());
+            let words = ring.preshared.iter().map(shared);
+            let own = format!("slot={}", ring.private.len());
+            [own].into_iter().chain(words).collect::<Vec<_>>().join(" ")
+        };
+        // What is read, what blocks, and what is known with the last reading's help.
+        let mut told = String::new();
+        let mut tell = |name: &str| {
+            let (mut ring, problems) = Keyring::read(dir.path(), Ordinal::ZERO);
+            let read = show(&ring);
+            ring.keep(before.clone(), &problems);
+            let [problem] = problems.as_slice() else { panic!("{problems:?}") };
+            let (lost, member) = (&problem.lost, problem.member().map(ToString::to_string));
+            told += &format!("{name} {lost:?} {member:?}: blocks={} {read} => {}\n", problem.blocks(), show(&ring));
+        };
+        // Whatever is wrong with another file, one that was deleted stays deleted.
+        fs::remove_file(dir.path().join("psk-de")).unwrap();
+        for (name, mode, text) in [
+            ("psk-va~", 0o644, "x"),
+            ("psk-va.bak", 0o600, SHARED),
+            ("psk-va", 0o644, SHARED),
+            ("psk-new", 0o600, ""),
+            ("gateway-0", 0o600, ""),
+        ] {
+            put(&dir, name, mode, text);
+            tell(name);
+            fs::remove_file(dir.path().join(name)).unwrap();
+            good.iter().filter(|(good, _)| *good == name).for_each(|(name, text)| put(&dir, name, 0o600, text));
+        }
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        tell("the directory");
+        expect![[r#"
+            psk-va~ Nothing None: blocks=false slot=1 va=true => slot=1 va=true
+            psk-va.bak Nothing None: blocks=false slot=1 va=true => slot=1 va=true
+            psk-va Member(MemberName("va")) Some("va"): blocks=false slot=1 va=false => slot=1 va=true
+            psk-new Member(MemberName("new")) Some("new"): blocks=false slot=1 new=false va=true => slot=1 new=false va=true
+            gateway-0 Slot None: blocks=true slot=0 va=true => slot=1 va=true
+            the directory All None: blocks=true slot=0 => slot=1 de=true va=true
+        "#]].assert_eq(&told);
     }
 
     #[test]

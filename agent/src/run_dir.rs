@@ -20,10 +20,7 @@ pub struct Lock {
 
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    #[error(
-        "{} is held by process {holder}: only one runs on a node; stop that one, or give this one another --run-dir",
-        path.display()
-    )]
+    #[error("{} is held by process {holder}: only one runs on a node; stop that one first", path.display())]
     Held { path: PathBuf, holder: String },
     #[error("cannot lock {}", path.display())]
     Io { path: PathBuf, source: io::Error },
@@ -110,7 +107,9 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("carrick-lock-{}", std::process::id()));
         let first = Lock::take(&dir, "agent").expect("nobody holds it");
         let second = Lock::take(&dir, "agent").expect_err("it is held").to_string();
-        assert!(second.contains(&format!("held by process {}", std::process::id())), "{second}");
+        let (path, us) = (dir.join("agent.lock"), std::process::id());
+        let told = format!("{} is held by process {us}: only one runs on a node; stop that one first", path.display());
+        assert_eq!(second, told);
         Lock::take(&dir, "tunnel").expect("another name is another lock");
         Lock::take(&dir, "agent").expect_err("a refused attempt lets go of nothing");
         drop(first);

@@ -14,7 +14,7 @@ mod yaml;
 use std::{fmt, path::PathBuf};
 
 pub use folder::Folder;
-pub use watch::follow;
+pub use watch::{Followed, follow};
 
 use crate::api::Objects;
 

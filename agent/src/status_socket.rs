@@ -13,14 +13,16 @@ use tokio::{
     net::UnixStream,
     sync::{mpsc, oneshot},
     task::JoinHandle,
-    time::timeout,
+    time::{sleep, timeout},
 };
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::{run_dir::listen, status::Status};
 
 /// A pass takes milliseconds; a hung agent must not hang who asks.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// After a client could not be accepted.
+const PAUSE: Duration = Duration::from_millis(100);
 
 pub fn path(run_dir: &Path) -> PathBuf {
     run_dir.join("agent.sock")
@@ -30,7 +32,8 @@ pub fn path(run_dir: &Path) -> PathBuf {
 pub fn serve(path: &Path, ask: mpsc::Sender<oneshot::Sender<Status>>) -> io::Result<Server> {
     let listener = listen(path)?;
     let task = tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
+        loop {
+            let (stream, _) = next(|| listener.accept()).await;
             let ask = ask.clone();
             tokio::spawn(async move {
                 if let Err(error) = answer(stream, ask).await {
@@ -40,6 +43,19 @@ pub fn serve(path: &Path, ask: mpsc::Sender<oneshot::Sender<Status>>) -> io::Res
         }
     });
     Ok(Server { path: path.to_owned(), task })
+}
+
+/// The next of what `accept` gives. An error (the process is out of descriptors, the client has gone) ends nothing.
+async fn next<T, A: Future<Output = io::Result<T>>>(mut accept: impl FnMut() -> A) -> T {
+    loop {
+        match accept().await {
+            Ok(accepted) => return accepted,
+            Err(error) => {
+                warn!(%error, "cannot accept a status client: trying again");
+                sleep(PAUSE).await;
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -73,4 +89,17 @@ pub async fn fetch(path: &Path) -> io::Result<Status> {
         serde_json::from_slice(&answer).map_err(io::Error::other)
     };
     timeout(PATIENCE, ask).await.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no answer within 10 s"))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_cannot_be_accepted_is_not_the_last() {
+        let out_of_descriptors = || Err(io::Error::from_raw_os_error(libc::EMFILE));
+        let mut outcomes = [out_of_descriptors(), out_of_descriptors(), Ok("a client")].into_iter();
+        let accepted = next(|| std::future::ready(outcomes.next().expect("asked no more once it has one"))).await;
+        assert_eq!((accepted, outcomes.len()), ("a client", 0));
+    }
 }

@@ -107,6 +107,24 @@ pub const NEEDS: &[Need] = &[
         purpose: "shows our devices; configures the implementations we are measured against",
         by: LAB,
     },
+    Need {
+        what: What::Program("conntrack"),
+        packages: Some(["conntrack", "conntrack-tools", "conntrack-tools"]),
+        purpose: "shows tests the tracked connections, and has a NAT router forget one",
+        by: &[For::Test],
+    },
+    Need {
+        what: What::Program("setpriv"),
+        packages: Some(["util-linux", "util-linux", "util-linux"]),
+        purpose: "starts the agent without a capability that it needs",
+        by: &[For::Test],
+    },
+    Need {
+        what: What::Program("mount"),
+        packages: Some(["mount", "util-linux", "util-linux"]),
+        purpose: "starts the agent without /dev/net/tun",
+        by: &[For::Test],
+    },
     Need { what: What::Component("rustfmt", "rustfmt"), packages: None, purpose: "the fmt check", by: &[For::Test] },
     Need {
         what: What::Component("clippy", "cargo-clippy"),
@@ -209,8 +227,15 @@ pub fn plan(command: For, missing: &[&Need], os: &Os) -> Plan {
     Plan::Install(actions)
 }
 
+/// Each once: a package may bring several programs.
 fn packages(missing: &[&Need], family: usize) -> Vec<&'static str> {
-    missing.iter().filter_map(|need| Some(need.packages?[family])).collect()
+    let mut packages = Vec::new();
+    for package in missing.iter().filter_map(|need| Some(need.packages?[family])) {
+        if !packages.contains(&package) {
+            packages.push(package);
+        }
+    }
+    packages
 }
 
 fn components(missing: &[&Need]) -> Vec<&'static str> {

@@ -1,7 +1,7 @@
 //! The folders of manifests as one [`Snapshot`]: [`Folder::read`].
 //!
-//! Invariants: a snapshot is of one moment, or incomplete. A file that cannot be used keeps what it last meant; if it
-//! never meant anything to us, the snapshot is incomplete. A missing or empty folder is no snapshot at all.
+//! Invariants: a snapshot is of one moment, or incomplete. A file that cannot be used, or that somebody is writing, keeps
+//! what it last meant; if it never meant anything to us, the snapshot is incomplete. A missing or empty folder is no snapshot at all.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +21,7 @@ use super::{
     walk::{Found, Places, Tree, walk},
     yaml::shown,
 };
-use crate::api::Objects;
+use crate::{api::Objects, kernel::lease::is_being_written};
 
 /// Bytes of one manifest.
 const MAX_FILE: u64 = 1 << 20;
@@ -49,7 +49,16 @@ struct Known {
 }
 
 /// The bytes of a file, or why they cannot be had.
-type Content = Result<Vec<u8>, String>;
+type Content = Result<Vec<u8>, Unread>;
+
+#[derive(Debug, thiserror::Error)]
+enum Unread {
+    /// Half a file can look like a whole one: cut between two documents it says that the others were deleted.
+    #[error("is open for writing and counts once it is closed: better write another file and rename it over this one")]
+    BeingWritten,
+    #[error("{0}")]
+    Unusable(String),
+}
 
 impl Folder {
     pub fn new(dirs: Vec<PathBuf>) -> Folder {
@@ -74,7 +83,8 @@ impl Folder {
             let (again, still_synced) = walk(&self.dirs);
             steady = again == tree && still_synced == synced;
             (tree, synced) = (again, still_synced);
-            if steady {
+            let being_written = contents.values().any(|content| matches!(content, Err(Unread::BeingWritten)));
+            if steady && !being_written {
                 break;
             }
         }
@@ -116,7 +126,7 @@ impl Known {
             Ok(bytes) => bytes,
             Err(why) => {
                 self.digest = None;
-                self.flaws = vec![(None, None, why)];
+                self.flaws = vec![(None, None, why.to_string())];
                 return;
             }
         };
@@ -139,9 +149,9 @@ fn read_all(tree: &Tree) -> BTreeMap<PathBuf, Content> {
     let mut total = 0;
     let read = |(path, found): (&PathBuf, &Found)| {
         let content = match found {
-            Found::Refused(why) => Err(why.clone()),
+            Found::Refused(why) => Err(Unread::Unusable(why.clone())),
             Found::File(_) if total > MAX_TOTAL => {
-                Err(format!("was not read: the folders hold more than {} MiB", MAX_TOTAL >> 20))
+                Err(Unread::Unusable(format!("was not read: the folders hold more than {} MiB", MAX_TOTAL >> 20)))
             }
             Found::File(_) => read_file(path),
         };
@@ -152,21 +162,22 @@ fn read_all(tree: &Tree) -> BTreeMap<PathBuf, Content> {
 }
 
 fn read_file(path: &Path) -> Content {
-    let unreadable = |error| format!("cannot be read: {error}");
+    let unreadable = |error| Unread::Unusable(format!("cannot be read: {error}"));
     // What is there may no longer be what was looked at: opening must not wait for a fifo's writer.
-    let file = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(unreadable)?;
+    let mut file = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(unreadable)?;
     let meta = file.metadata().map_err(unreadable)?;
     if !meta.is_file() {
-        return Err("is not a file".to_owned());
+        return Err(Unread::Unusable("is not a file".to_owned()));
     }
     let mut bytes = Vec::new();
     if meta.len() <= MAX_FILE {
-        file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+        file.by_ref().take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(unreadable)?;
     }
     if meta.len().max(bytes.len() as u64) > MAX_FILE {
-        return Err(format!("is larger than {} MiB: split it", MAX_FILE >> 20));
+        return Err(Unread::Unusable(format!("is larger than {} MiB: split it", MAX_FILE >> 20)));
     }
-    Ok(bytes)
+    // Asked after the reading: what is written and closed from here on shows when the folder is walked again.
+    if is_being_written(&file) { Err(Unread::BeingWritten) } else { Ok(bytes) }
 }
 
 /// The objects of all files, by name, and what is wrong with the files. Of two objects of one kind and name the first
@@ -210,7 +221,7 @@ fn problem(path: &Path, (line, document, message): Located) -> Problem {
 
 #[cfg(test)]
 mod tests {
-    use std::{fmt::Write, os::unix::fs::symlink};
+    use std::{fmt::Write as _, io::Write as _, os::unix::fs::symlink};
 
     use expect_test::{Expect, expect};
     use proptest::prelude::*;
@@ -478,6 +489,39 @@ mod tests {
             MeshCluster/c 4
             a.yaml:1 (document 1): is not an object: a mapping with apiVersion, kind, metadata and spec (what it said before stays in force)
         "#]]);
+    }
+
+    /// A file cut between two documents is a good file that says less.
+    #[test]
+    fn a_file_that_is_being_written_keeps_what_it_last_meant() {
+        let both = format!("{}---\n{}", cluster("a", 1), cluster("b", 2));
+        let dir = folder(&[("a.yaml", &both), ("c.yaml", &cluster("c", 3))]);
+        let mut folder = Folder::new(vec![dir.path().to_owned()]);
+        folder.read().unwrap();
+        let mut writer = fs::File::create(dir.path().join("a.yaml")).unwrap();
+        writer.write_all(cluster("a", 4).as_bytes()).unwrap();
+        expect![[r#"
+            complete
+            MeshCluster/a 1
+            MeshCluster/b 2
+            MeshCluster/c 3
+            a.yaml: is open for writing and counts once it is closed: better write another file and rename it over this one (what it said before stays in force)
+        "#]].assert_eq(&rendered(&dir, &folder.read()));
+        expect![[r#"
+            incomplete
+            MeshCluster/c 3
+            a.yaml: is open for writing and counts once it is closed: better write another file and rename it over this one
+        "#]].assert_eq(&rendered(&dir, &Folder::new(vec![dir.path().to_owned()]).read()));
+
+        writer.write_all(format!("---\n{}", cluster("b", 5)).as_bytes()).unwrap();
+        drop(writer);
+        expect![[r#"
+            complete
+            MeshCluster/a 4
+            MeshCluster/b 5
+            MeshCluster/c 3
+        "#]]
+        .assert_eq(&rendered(&dir, &folder.read()));
     }
 
     #[test]

@@ -27,7 +27,7 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Folder, NotSynced, Snapshot,
+    Folder, NotSynced, Problem, Snapshot,
     walk::{Names, Places},
 };
 
@@ -52,18 +52,23 @@ const EVENTS: AddWatchFlags = AddWatchFlags::IN_CREATE
     .union(AddWatchFlags::IN_MOVE_SELF)
     .union(AddWatchFlags::IN_ONLYDIR);
 
-/// Follows the folders for as long as somebody listens. `None` until they have been synced once; from then on a folder
-/// that goes missing leaves the last snapshot in force. Only snapshots that differ from the last are published.
+/// What the folders say now; before they have been synced once, why they are not.
+pub type Followed = Result<Arc<Snapshot>, NotSynced>;
+
+/// Follows the folders for as long as somebody listens. Once they have been synced, a folder that goes missing leaves
+/// what it said last in force: the last snapshot, incomplete, with why among its problems. Only what differs from the
+/// last is published.
 ///
 /// Must be called within a tokio runtime.
-pub fn follow(dirs: Vec<PathBuf>) -> Receiver<Option<Arc<Snapshot>>> {
-    let (sender, receiver) = channel(None);
+pub fn follow(dirs: Vec<PathBuf>) -> Receiver<Followed> {
+    let why = "has not been read yet".to_owned();
+    let (sender, receiver) = channel(Err(NotSynced { dir: dirs.first().cloned().unwrap_or_default(), why }));
     tokio::spawn(run(Folder::new(dirs), Waker::new(RESCAN), sender));
     receiver
 }
 
-async fn run(mut folder: Folder, mut waker: Waker, sender: Sender<Option<Arc<Snapshot>>>) {
-    let mut told = None;
+async fn run(mut folder: Folder, mut waker: Waker, sender: Sender<Followed>) {
+    let mut last = None;
     let mut rearms = 0;
     loop {
         let looked = tokio::task::spawn_blocking(move || {
@@ -79,7 +84,7 @@ async fn run(mut folder: Folder, mut waker: Waker, sender: Sender<Option<Arc<Sna
                 Err(_) => return,
             },
         };
-        publish(snapshot, &sender, &mut told);
+        publish(standing(snapshot, &mut last), &sender);
         if waker.arm(&places) && rearms < MAX_REARMS {
             rearms += 1;
             continue;
@@ -92,30 +97,29 @@ async fn run(mut folder: Folder, mut waker: Waker, sender: Sender<Option<Arc<Sna
     }
 }
 
-fn publish(
-    snapshot: Result<Snapshot, NotSynced>,
-    sender: &Sender<Option<Arc<Snapshot>>>,
-    told: &mut Option<NotSynced>,
-) {
-    match snapshot {
-        Ok(snapshot) => {
-            *told = None;
-            sender.send_if_modified(|last| {
-                let changed = last.as_deref() != Some(&snapshot);
-                if changed {
-                    *last = Some(Arc::new(snapshot));
-                }
-                changed
-            });
-        }
-        Err(missing) => {
-            if told.as_ref() != Some(&missing) {
-                let kept = if sender.borrow().is_some() { "; what it said last stays in force" } else { "" };
-                warn!("not synced: {missing}{kept}");
-            }
-            *told = Some(missing);
+/// What stands after a look. `last` is what the folders said when they were last synced.
+fn standing(looked: Result<Snapshot, NotSynced>, last: &mut Option<Snapshot>) -> Result<Snapshot, NotSynced> {
+    match (looked, &*last) {
+        (Ok(snapshot), _) => Ok(last.insert(snapshot).clone()),
+        (Err(missing), None) => Err(missing),
+        (Err(NotSynced { dir, why }), Some(last)) => {
+            let message = format!("{why} (what it said before stays in force)");
+            let mut snapshot = Snapshot { complete: false, ..last.clone() };
+            snapshot.problems.push(Problem { file: dir.display().to_string(), line: None, document: None, message });
+            snapshot.problems.sort();
+            Ok(snapshot)
         }
     }
+}
+
+fn publish(now: Result<Snapshot, NotSynced>, sender: &Sender<Followed>) {
+    sender.send_if_modified(|last| {
+        let changed = last.as_deref() != now.as_ref();
+        if changed {
+            *last = now.map(Arc::new);
+        }
+        changed
+    });
 }
 
 /// What ends a wait.
@@ -241,13 +245,16 @@ fn join(have: &mut Names, more: &Names) {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::symlink, path::Path};
+    use std::{fs, io::Write, os::unix::fs::symlink, path::Path};
 
     use kube::ResourceExt;
     use tokio::time::timeout;
 
     use super::*;
-    use crate::scratch::Scratch;
+    use crate::{
+        api::{MeshCluster, Objects},
+        scratch::Scratch,
+    };
 
     /// Longer than any test takes: what inotify does not report is never seen.
     const NEVER: Duration = Duration::from_secs(3600);
@@ -255,8 +262,8 @@ mod tests {
     const HANG: Duration = Duration::from_secs(30);
 
     /// The folder's state as it was published: `a=1 b=2`, and how many problems.
-    fn rendered(snapshot: Option<&Snapshot>) -> String {
-        let Some(snapshot) = snapshot else { return "none".to_owned() };
+    fn rendered(followed: &super::Followed) -> String {
+        let Ok(snapshot) = followed else { return "none".to_owned() };
         let mut words: Vec<String> = Vec::new();
         words
             .extend(snapshot.objects.clusters.iter().map(|object| format!("{}={}", object.name_any(), object.spec.id)));
@@ -265,15 +272,19 @@ mod tests {
         words.join(" ")
     }
 
+    fn unread() -> super::Followed {
+        Err(NotSynced { dir: PathBuf::new(), why: "unread".to_owned() })
+    }
+
     /// A folder that is followed, and every state that was seen.
     struct Followed {
-        receiver: Receiver<Option<Arc<Snapshot>>>,
+        receiver: Receiver<super::Followed>,
         seen: Vec<String>,
     }
 
     impl Followed {
         fn new(dir: impl Into<PathBuf>, waker: Waker) -> Followed {
-            let (sender, receiver) = channel(None);
+            let (sender, receiver) = channel(unread());
             tokio::spawn(run(Folder::new(vec![dir.into()]), waker, sender));
             Followed { receiver, seen: Vec::new() }
         }
@@ -281,7 +292,7 @@ mod tests {
         /// Waits until the published state is this one.
         async fn until(&mut self, expected: &str) {
             loop {
-                let now = rendered(self.receiver.borrow_and_update().as_deref());
+                let now = rendered(&self.receiver.borrow_and_update());
                 let arrived = now == expected;
                 self.seen.push(now);
                 if arrived {
@@ -348,6 +359,28 @@ mod tests {
         assert_eq!(folder.seen, ["none", "a=1", "a=1", "a=1 problem", "a=1 problem", "a=2"]);
     }
 
+    /// As a shell's redirection does it, at a command's pace.
+    #[tokio::test]
+    async fn what_is_being_written_counts_once_it_is_closed() {
+        let dir = Scratch::new();
+        let path = |name: &str| dir.path().join(name);
+        put(&path("a"), "a", 2);
+        put(&path("b"), "b", 2);
+        let [a, b] = ["a", "b"].map(|name| fs::read_to_string(path(name)).unwrap());
+        fs::write(path("mesh.yaml"), format!("{a}---\n{b}")).unwrap();
+        let mut folder = Followed::new(dir.path(), Waker::new(NEVER));
+        folder.until("a=2 b=2").await;
+        let mut writer = fs::File::create(path("mesh.yaml")).unwrap();
+        writer.write_all(a.replace('2', "3").as_bytes()).unwrap();
+        // Another file's change has the folder looked at in the middle of it.
+        put(&path("c.yaml"), "c", 1);
+        folder.until("a=2 b=2 c=1 problem").await;
+        writer.write_all(format!("---\n{b}").as_bytes()).unwrap();
+        drop(writer);
+        folder.until("a=3 b=2 c=1").await;
+        assert!(folder.seen.iter().skip(1).all(|seen| seen.contains("b=2")), "{:?}", folder.seen);
+    }
+
     #[tokio::test]
     async fn git_sync_swaps_the_folder_itself() {
         let dir = Scratch::new();
@@ -405,38 +438,62 @@ mod tests {
         folder.until("a=1").await;
 
         fs::rename(path("far"), path("gone")).unwrap();
+        folder.until("a=1 problem incomplete").await;
         fs::create_dir(path("far")).unwrap();
         fs::create_dir(path("far/away")).unwrap();
         put(&path("far/away/b.yaml"), "b", 2);
         folder.until("b=2").await;
         fs::remove_dir_all(path("far")).unwrap();
+        folder.until("b=2 problem incomplete").await;
         fs::create_dir_all(path("far/away")).unwrap();
         put(&path("far/away/c.yaml"), "c", 3);
         folder.until("c=3").await;
         folder.seen.dedup();
-        assert_eq!(folder.seen, ["none", "a=1", "b=2", "c=3"]);
+        let expected = ["none", "a=1", "a=1 problem incomplete", "b=2", "b=2 problem incomplete", "c=3"];
+        assert_eq!(folder.seen, expected);
+    }
+
+    #[test]
+    fn why_a_folder_is_missing_is_always_told_and_nothing_else_changes() {
+        let missing = |why: &str| NotSynced { dir: "/mesh".into(), why: why.to_owned() };
+        let told = |file: &str, message: &str| Problem {
+            file: file.to_owned(),
+            line: None,
+            document: None,
+            message: message.to_owned(),
+        };
+        let mut last = None;
+        let mut stands = |looked| standing(looked, &mut last);
+        assert_eq!(stands(Err(missing("is not there"))), Err(missing("is not there")));
+        let objects = Objects { clusters: vec![MeshCluster::new("a", Default::default())], ..Objects::default() };
+        let synced = Snapshot { objects, complete: true, problems: vec![told("/other", "is bad")] };
+        assert_eq!(stands(Ok(synced.clone())), Ok(synced.clone()));
+        for why in ["is not there", "is empty", "is empty"] {
+            let problem = told("/mesh", &format!("{why} (what it said before stays in force)"));
+            let problems = vec![problem, told("/other", "is bad")];
+            assert_eq!(stands(Err(missing(why))), Ok(Snapshot { complete: false, problems, ..synced.clone() }));
+        }
+        assert_eq!(stands(Ok(synced.clone())), Ok(synced));
     }
 
     #[tokio::test]
     async fn only_news_are_published() {
-        let (sender, mut receiver) = channel(None);
-        let mut told = None;
-        let missing = || NotSynced { dir: "x".into(), why: "missing".to_owned() };
-        let mut publishes = |snapshot| {
-            publish(snapshot, &sender, &mut told);
+        let (sender, mut receiver) = channel(unread());
+        let missing = |why: &str| NotSynced { dir: "x".into(), why: why.to_owned() };
+        let mut publishes = |now| {
+            publish(now, &sender);
             let news = receiver.has_changed().unwrap();
             receiver.mark_unchanged();
             news
         };
-        let incomplete = Snapshot::default();
         let complete = Snapshot { complete: true, ..Snapshot::default() };
-        assert!(!publishes(Err(missing())));
-        assert!(publishes(Ok(incomplete.clone())));
-        assert!(!publishes(Ok(incomplete)));
+        assert!(publishes(Err(missing("gone"))));
+        assert!(!publishes(Err(missing("gone"))));
+        assert!(publishes(Err(missing("empty"))));
+        assert!(publishes(Ok(Snapshot::default())));
+        assert!(!publishes(Ok(Snapshot::default())));
         assert!(publishes(Ok(complete.clone())));
-        assert!(!publishes(Err(missing())));
-        assert!(!publishes(Ok(complete.clone())));
-        assert_eq!(receiver.borrow().as_deref(), Some(&complete));
+        assert!(!publishes(Ok(complete)));
     }
 
     #[tokio::test]
@@ -458,7 +515,7 @@ mod tests {
     #[tokio::test]
     async fn it_ends_when_nobody_listens() {
         let dir = Scratch::new();
-        let (sender, receiver) = channel(None);
+        let (sender, receiver) = channel(unread());
         let task = tokio::spawn(run(Folder::new(vec![dir.path().to_owned()]), Waker::new(NEVER), sender));
         drop(receiver);
         timeout(HANG, task).await.expect("it goes on").unwrap();

@@ -115,6 +115,34 @@ fn elsewhere_root_installs_nothing_by_itself() {
 }
 
 #[test]
+fn what_only_the_tests_run_is_got_too() {
+    let programs = ["conntrack", "setpriv", "mount"];
+    for need in named(&programs) {
+        assert_eq!(need.by, [For::Test]);
+    }
+    check(
+        DEBIAN_12,
+        &programs,
+        expect![[r#"
+            Apt(["conntrack", "util-linux", "mount"])
+        "#]],
+    );
+    check(
+        FEDORA,
+        &programs,
+        expect![[r#"
+            missing on this machine:
+              conntrack                    shows tests the tracked connections, and has a NAT router forget one
+              setpriv                      starts the agent without a capability that it needs
+              mount                        starts the agent without /dev/net/tun
+            paste this line:
+              dnf install -y conntrack-tools util-linux
+            only Debian 12 was tried, Fedora Linux 42 was not
+        "#]],
+    );
+}
+
+#[test]
 fn elsewhere_the_cache_is_still_ours_to_fill() {
     check(
         FEDORA,
