@@ -70,7 +70,7 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    fn new(key: &PrivateKey) -> Identity {
+    pub(super) fn new(key: &PrivateKey) -> Identity {
         let secret = x25519::StaticSecret::from(*key.as_bytes());
         let public = x25519::PublicKey::from(&secret);
         let limiter = Arc::new(RateLimiter::new(&public, HANDSHAKES_PER_SECOND));
@@ -164,10 +164,11 @@ impl Device {
         let mut table = self.shared.table_mut();
         if table.identity.key != key.public() {
             table.identity = Identity::new(key);
-            let Identity { secret, public, limiter, .. } = &table.identity;
             for peer in table.peers.values() {
-                peer.lock().tunn().set_static_private(secret.clone(), *public, limiter.clone());
+                peer.lock().set_identity(&table.identity);
             }
+            drop(table);
+            self.shared.due.notify_one();
         }
         Ok(())
     }
