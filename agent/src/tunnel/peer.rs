@@ -222,7 +222,7 @@ impl PeerState {
 
     /// Takes over the device's new key, which ends the session.
     pub(super) fn set_identity(&mut self, identity: &Identity) {
-        self.tunn.set_static_private(identity.secret.clone(), identity.public, identity.limiter.clone());
+        self.tunn.set_static_private(identity.secret.clone(), identity.public, identity.gate.limiter());
         self.slots.unconfirmed = [None; 8];
         self.answered = None;
         self.last_handshake = None;
@@ -286,9 +286,9 @@ mod tests {
     fn pair() -> (Peer, Peer) {
         let keys = [1, 2].map(|n| PrivateKey::new([n; 32]));
         let peer = |own: &PrivateKey, other: &PrivateKey| {
-            let Identity { secret, limiter, .. } = Identity::new(own);
+            let Identity { secret, gate, .. } = Identity::new(own);
             let theirs = (*other.public().as_bytes()).into();
-            let tunn = Tunn::new(secret, theirs, None, Some(0), IndexTable::from_os_rng(), limiter);
+            let tunn = Tunn::new(secret, theirs, None, Some(0), IndexTable::from_os_rng(), gate.limiter());
             let config = PeerConfig { endpoint: Some(FROM), keepalive: 0, psk: None };
             Peer::new(other.public(), tunn, &config)
         };
