@@ -11,6 +11,7 @@
 //! |---|---|
 //! | [`proto`], [`client`] | the socket's language, and the agent's end of it |
 //! | [`device`], [`peer`], [`allowed`] | what is configured; changes are atomic |
+//! | [`gate`] | what a flood of handshakes may cost |
 //! | [`forward`], [`offload`], [`udp`], [`tun`] | the way of a packet |
 //! | [`uapi`] | `wg show` |
 //!
@@ -23,6 +24,7 @@ mod allowed;
 pub mod client;
 mod device;
 mod forward;
+mod gate;
 mod offload;
 mod peer;
 mod proto;

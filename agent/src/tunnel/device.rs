@@ -13,22 +13,19 @@ use std::{
 };
 
 use gotatun::{
-    noise::{Tunn, index_table::IndexTable, rate_limiter::RateLimiter},
+    noise::{Tunn, index_table::IndexTable},
     x25519,
 };
 use ipnetwork::IpNetwork;
 use tokio::{sync::Notify, task::JoinSet};
 use tun_rs::AsyncDevice;
 
-use super::{allowed::AllowedIps, forward, peer::Peer, proto, tun, udp::Socket};
+use super::{allowed::AllowedIps, forward, gate::Gate, peer::Peer, proto, tun, udp::Socket};
 use crate::{
     kernel::{WgDevice, WgPeer},
     keys::{PrivateKey, PublicKey},
     names,
 };
-
-/// Handshakes per second and source address before a cookie is asked for (whitepaper §5.3).
-const HANDSHAKES_PER_SECOND: u64 = 100;
 
 /// A device that runs. Dropping it stops its tasks and closes the TUN, which stays.
 #[derive(Debug)]
@@ -66,15 +63,14 @@ pub(super) struct Identity {
     pub(super) key: PublicKey,
     pub(super) secret: x25519::StaticSecret,
     pub(super) public: x25519::PublicKey,
-    pub(super) limiter: Arc<RateLimiter>,
+    pub(super) gate: Gate,
 }
 
 impl Identity {
-    fn new(key: &PrivateKey) -> Identity {
+    pub(super) fn new(key: &PrivateKey) -> Identity {
         let secret = x25519::StaticSecret::from(*key.as_bytes());
         let public = x25519::PublicKey::from(&secret);
-        let limiter = Arc::new(RateLimiter::new(&public, HANDSHAKES_PER_SECOND));
-        Identity { key: key.public(), secret, public, limiter }
+        Identity { key: key.public(), secret, gate: Gate::new(&public), public }
     }
 }
 
@@ -164,10 +160,11 @@ impl Device {
         let mut table = self.shared.table_mut();
         if table.identity.key != key.public() {
             table.identity = Identity::new(key);
-            let Identity { secret, public, limiter, .. } = &table.identity;
             for peer in table.peers.values() {
-                peer.lock().tunn().set_static_private(secret.clone(), *public, limiter.clone());
+                peer.lock().set_identity(&table.identity);
             }
+            drop(table);
+            self.shared.due.notify_one();
         }
         Ok(())
     }
@@ -204,7 +201,7 @@ impl Device {
             config.psk.as_ref().map(|psk| *psk.as_bytes()),
             Some(config.keepalive),
             self.shared.indices.clone(),
-            identity.limiter.clone(),
+            identity.gate.limiter(),
         )
     }
 

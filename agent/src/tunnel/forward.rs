@@ -8,7 +8,7 @@ use std::{
     io::{self, IoSlice},
     net::SocketAddr,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::BytesMut;
@@ -19,6 +19,7 @@ use gotatun::{
 
 use super::{
     device::{Shared, Table},
+    gate::Load,
     offload::{self, Frame, Group},
     peer::Peer,
     udp::{Arena, Socket},
@@ -96,7 +97,7 @@ impl Sealer {
 /// From the socket to the TUN. Ends when the TUN is gone.
 pub(super) async fn incoming(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Error {
     let mut arena = Arena::new();
-    let mut opened = Opened { packets: Vec::new(), replies: Vec::new() };
+    let mut opened = Opened { packets: Vec::new(), replies: Vec::new(), load: Load::new(Instant::now()) };
     loop {
         if let Err(err) = socket.recv(&mut arena).await {
             pause_after(&shared, "receive", &err).await;
@@ -122,6 +123,7 @@ pub(super) async fn incoming(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Er
 struct Opened {
     packets: Vec<BytesMut>,
     replies: Batch,
+    load: Load,
 }
 
 impl Opened {
@@ -134,13 +136,12 @@ impl Opened {
             if !matches!(packet.first(), Some(1..=4)) {
                 continue;
             }
-            let packet = match table.identity.limiter.verify_packet(from, Packet::from_bytes(packet)) {
+            let packet = match table.identity.gate.admit(&mut self.load, Packet::from_bytes(packet), from) {
                 Ok(packet) => packet,
-                Err(TunnResult::WriteToNetwork(cookie)) => {
-                    self.replies.push((cookie.into(), from));
+                Err(cookie) => {
+                    self.replies.extend(cookie.map(|cookie| (cookie.into(), from)));
                     continue;
                 }
-                Err(_) => continue,
             };
             let session = session_of(&packet);
             let peer = match &last {
@@ -234,15 +235,21 @@ pub(super) async fn timers(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Erro
             Err(err) if is_gone(&err) => return err,
             Err(err) => tracing::debug!(device = %shared.name, %err, "MTU"),
         }
-        let peers: Vec<Arc<Peer>> = shared.table().peers.values().cloned().collect();
-        for peer in peers {
-            if let Some((packet, to)) = peer.lock().tick() {
-                register(&shared, &packet, &peer);
-                batch.push((packet.into(), to));
-            }
-        }
+        collect_due(&shared, &mut batch);
         shared.prune_sessions();
         socket.send(&mut batch).await;
+    }
+}
+
+/// Under one lock, so that no session of a peer that is removed meanwhile is registered after it.
+fn collect_due(shared: &Shared, batch: &mut Batch) {
+    let table = shared.table();
+    table.identity.gate.tick();
+    for peer in table.peers.values() {
+        if let Some((packet, to)) = peer.lock().tick() {
+            register(shared, &packet, peer);
+            batch.push((packet.into(), to));
+        }
     }
 }
 
