@@ -17,7 +17,7 @@ use crate::{
         Secrets,
         facts::{Condition, Node},
     },
-    keyring::{Keyring, Preshared},
+    keyring::{KeyProblem, Keyring, Preshared},
     keys::{PresharedKey, PublicKey},
     names::{Device, Ordinal, Table},
     plan::plan,
@@ -59,6 +59,8 @@ impl View {
 #[derive(Debug, Default)]
 pub struct Keys {
     pub keyring: Keyring,
+    /// The slot's keys and the names of all preshared ones are known.
+    complete: bool,
     pub problems: Vec<String>,
 }
 
@@ -68,18 +70,18 @@ pub const SLOT: Ordinal = Ordinal::ZERO;
 impl Keys {
     /// Reads the folder again. What can no longer be read keeps its last good keys.
     pub fn refresh(&mut self, args: &args::Node) {
-        let (read, problems) = Keyring::read(&args.keys_dir, SLOT);
-        let last = std::mem::replace(&mut self.keyring, read);
+        let (mut read, problems) = Keyring::read(&args.keys_dir, SLOT);
+        read.keep(std::mem::take(&mut self.keyring), &problems);
+        self.keyring = read;
+        self.complete = !problems.iter().any(KeyProblem::blocks);
         self.problems = problems.iter().map(ToString::to_string).collect();
-        if self.keyring.private.is_empty() {
-            self.keyring.private = last.private;
-        }
-        for (member, key) in last.preshared {
-            let now = self.keyring.preshared.get(&member);
-            if !problems.is_empty() && matches!(now, None | Some(Preshared::Unusable)) {
-                self.keyring.preshared.insert(member, key);
-            }
-        }
+    }
+
+    /// Whether what is known suffices to take something away from these members. A preshared key that cannot be used is
+    /// no reason to end a session that was made with it.
+    fn suffice(&self, intent: &Intent) -> bool {
+        let unusable = |member| matches!(self.keyring.preshared.get(member), Some(Preshared::Unusable));
+        self.complete && !intent.members.keys().any(unusable)
     }
 
     pub fn secrets(&self) -> Secrets {
@@ -129,7 +131,7 @@ pub fn survey(
     let dial = dialer.decide(now, &candidates(&view.intent, &facts), &seen(reading, SystemTime::now()));
     facts.dial = dial.now;
     let (desired, rejected) = plan(&view.intent, &facts);
-    Survey { desired, rejected, complete: view.complete && keys.problems.is_empty(), again: dial.again }
+    Survey { desired, rejected, complete: view.complete && keys.suffice(&view.intent), again: dial.again }
 }
 
 /// What the reading shows of each pair. A handshake from the future (the clock was set back) counts as now.
