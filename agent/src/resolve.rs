@@ -1,4 +1,5 @@
-//! Endpoint names to addresses, off the loop: every name has its own task, so a dead one delays nobody.
+//! Endpoint names to addresses, off the loop: every name has its own task, so a dead one delays nobody while fewer than
+//! [`AT_ONCE`] are being asked for.
 //!
 //! Invariant: what a name once resolved to stays until it resolves to something else. A name server that is down
 //! takes no endpoint away.
@@ -6,14 +7,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::IpAddr,
+    net::{IpAddr, ToSocketAddrs},
+    sync::Arc,
     time::Duration,
 };
 
 use tokio::{
-    net::lookup_host,
-    sync::watch,
-    task::AbortHandle,
+    sync::{Semaphore, watch},
+    task::{AbortHandle, JoinHandle, spawn_blocking},
     time::{sleep, timeout},
 };
 
@@ -22,6 +23,8 @@ const REFRESH: Duration = Duration::from_secs(30);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Threads that may wait for name servers: of those that the runtime has (512), all other blocking work needs some.
+const AT_ONCE: usize = 32;
 
 /// What the names stand for, as far as is known.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,13 +39,14 @@ pub struct Resolved {
 #[derive(Debug)]
 pub struct Resolver {
     tasks: BTreeMap<String, AbortHandle>,
+    threads: Arc<Semaphore>,
     results: watch::Sender<Resolved>,
 }
 
 impl Resolver {
     pub fn new() -> (Resolver, watch::Receiver<Resolved>) {
         let (results, receiver) = watch::channel(Resolved::default());
-        (Resolver { tasks: BTreeMap::new(), results }, receiver)
+        (Resolver { tasks: BTreeMap::new(), threads: Arc::new(Semaphore::new(AT_ONCE)), results }, receiver)
     }
 
     /// Follows exactly these names from now on; the others are forgotten.
@@ -59,7 +63,7 @@ impl Resolver {
         }
         for name in names {
             if !self.tasks.contains_key(name) {
-                let task = tokio::spawn(keep_resolved(name.clone(), self.results.clone()));
+                let task = tokio::spawn(keep_resolved(name.clone(), self.threads.clone(), self.results.clone()));
                 self.tasks.insert(name.clone(), task.abort_handle());
             }
         }
@@ -72,21 +76,27 @@ impl Drop for Resolver {
     }
 }
 
-async fn keep_resolved(name: String, results: watch::Sender<Resolved>) {
+async fn keep_resolved(name: String, threads: Arc<Semaphore>, results: watch::Sender<Resolved>) {
     let mut retry = FIRST_RETRY;
     loop {
-        let answer = look_up(&name).await;
-        let wait = if answer.is_ok() { REFRESH } else { retry };
-        retry = if answer.is_ok() { FIRST_RETRY } else { (retry * 2).min(LAST_RETRY) };
+        let answer = look_up(&name, &threads).await;
+        let wait;
+        (wait, retry) = pause(answer.is_ok(), retry);
         results.send_if_modified(|resolved| record(resolved, &name, answer));
         sleep(wait).await;
     }
 }
 
-async fn look_up(name: &str) -> io::Result<Vec<IpAddr>> {
-    let found = timeout(PATIENCE, lookup_host((name, 0)))
-        .await
-        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no answer within 10 s"))??;
+/// How long to wait after an answer or a failure, and how long after the next failure.
+fn pause(answered: bool, retry: Duration) -> (Duration, Duration) {
+    if answered { (REFRESH, FIRST_RETRY) } else { (retry, (retry * 2).min(LAST_RETRY)) }
+}
+
+async fn look_up(name: &str, threads: &Arc<Semaphore>) -> io::Result<Vec<IpAddr>> {
+    let asked = name.to_owned();
+    let found = bounded(threads, move || (asked, 0).to_socket_addrs()).await?;
+    let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer within 10 s");
+    let found = timeout(PATIENCE, found).await.map_err(late)?.map_err(io::Error::other)??;
     let mut addresses = Vec::new();
     for address in found.map(|found| found.ip()) {
         if !addresses.contains(&address) {
@@ -94,6 +104,19 @@ async fn look_up(name: &str) -> io::Result<Vec<IpAddr>> {
         }
     }
     if addresses.is_empty() { Err(io::Error::other("it has no address")) } else { Ok(addresses) }
+}
+
+/// Waits for its turn and begins. Nothing ends a thread that hangs in `getaddrinfo`: it counts until it really returns,
+/// also when nobody waits for it any more.
+async fn bounded<T: Send + 'static>(
+    threads: &Arc<Semaphore>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    let turn = threads.clone().acquire_owned().await.map_err(io::Error::other)?;
+    Ok(spawn_blocking(move || {
+        let _turn = turn;
+        work()
+    }))
 }
 
 /// Notes an answer; whether it changed anything.
@@ -135,6 +158,35 @@ mod tests {
             true Some([192.0.2.2]) None
         "#]]
         .assert_eq(&told);
+    }
+
+    #[test]
+    fn a_dead_name_is_asked_for_less_and_less_until_it_answers() {
+        let mut retry = FIRST_RETRY;
+        let mut waits = Vec::new();
+        for answered in [[false; 8].as_slice(), &[true, true], &[false; 2]].concat() {
+            let wait;
+            (wait, retry) = pause(answered, retry);
+            waits.push(wait.as_secs());
+        }
+        assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60, 30, 30, 1, 2]);
+    }
+
+    #[tokio::test]
+    async fn a_look_up_that_nobody_waits_for_still_takes_its_turn() {
+        let threads = Arc::new(Semaphore::new(2));
+        let (release, hang) = std::sync::mpsc::channel::<()>();
+        let (begin, begun) = tokio::sync::oneshot::channel();
+        let work = move || (begin.send(()), hang.recv());
+        drop(bounded(&threads, work).await.expect("it has its turn"));
+        begun.await.expect("it begins");
+        for n in 0..10 {
+            let other = bounded(&threads, move || n).await.expect("there is another turn");
+            assert_eq!(other.await.expect("it ends"), n);
+        }
+        assert_eq!(threads.available_permits(), 1, "the one that hangs still counts");
+        drop(release);
+        drop(threads.acquire_many(2).await.expect("it has returned"));
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
-    os::unix::{fs::DirBuilderExt, process::CommandExt},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::{
@@ -28,15 +28,20 @@ pub const MARK: &str = "CARRICK_LAB";
 const ROOT: &str = "/run/carrick-lab";
 
 /// Makes the directory, and waits for the maker's word or end. Arguments, here and below: the mark with its value, the
-/// directory.
+/// directory. The directory above goes with the last lab, perhaps just now: then it is made again.
 const WAIT: &str = r#"
 trap '' INT TERM HUP PIPE
-mkdir -m 700 "$2" || exit 1
+tries=0
+until mkdir -m 700 "$2" 2>/dev/null
+do
+    tries=$((tries + 1))
+    [ ! -e "$2" ] && [ $tries -lt 1000 ] && mkdir -p -m 700 "${2%/*}" || exit 1
+done
 echo made
 read -r word && [ "$word" = keep ] && exit 0
 "#;
 
-/// Ends the processes and removes the directory.
+/// Ends the processes and removes the directory, and the one above if no lab is left.
 const SWEEP: &str = r#"
 trap '' INT TERM HUP PIPE
 while
@@ -50,6 +55,7 @@ while [ -e "$2" ]
 do
     rm -rf "$2"
 done
+rmdir "${2%/*}" 2>/dev/null || :
 "#;
 
 /// A lab that is alive. Shared by everything that starts processes in it.
@@ -100,7 +106,6 @@ impl Guard {
     pub fn named(name: &str) -> Result<Arc<Guard>> {
         ensure!(nix::unistd::geteuid().is_root(), "the lab makes network namespaces: run it as root");
         let dir = directory(name)?;
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(ROOT).with_context(|| format!("mkdir {ROOT}"))?;
         // The sweeper makes the directory: from the first moment, what there is has somebody who removes it.
         let mut sweeper = shell(&[WAIT, SWEEP].concat(), name, &dir);
         let mut child = sweeper.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("sh")?;
@@ -234,4 +239,44 @@ fn directory(name: &str) -> Result<PathBuf> {
     let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     ensure!(!name.is_empty() && name.chars().all(good), "lab name {name:?}: use letters, digits, '-' and '_'");
     Ok(Path::new(ROOT).join(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Makes and ends a lab's directory with nothing in it; whether it was there.
+    fn make_and_end(name: &str, dir: &Path) -> bool {
+        let mut sweeper = shell(&[WAIT, SWEEP].concat(), name, dir);
+        let mut child = sweeper.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut said = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut said).unwrap();
+        let made = said == "made\n" && dir.is_dir();
+        drop(child.stdin.take());
+        child.wait().unwrap().success() && made
+    }
+
+    #[test]
+    fn labs_that_come_and_go_at_once_leave_nothing_behind() {
+        let root = std::env::temp_dir().join(format!("carrick-guard-{}", std::process::id()));
+        std::thread::scope(|scope| {
+            for lab in 0..8 {
+                let name = format!("guard-{}-{lab}", std::process::id());
+                let dir = root.join(&name);
+                scope.spawn(move || (0..10).for_each(|_| assert!(make_and_end(&name, &dir))));
+            }
+        });
+        assert!(!root.exists());
+    }
+
+    #[test]
+    fn no_lab_takes_the_directory_of_another() {
+        let root = std::env::temp_dir().join(format!("carrick-taken-{}", std::process::id()));
+        let (name, dir) = (format!("taken-{}", std::process::id()), root.join("lab"));
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("lab.json"), "").unwrap();
+        assert!(!make_and_end(&name, &dir));
+        assert!(dir.join("lab.json").exists());
+        fs::remove_dir_all(&root).unwrap();
+    }
 }

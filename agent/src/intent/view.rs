@@ -11,7 +11,7 @@ use super::{
     refusal,
 };
 use crate::{
-    api::{Objects, RouteAdvertisement, limits},
+    api::{MeshCluster, Objects, RouteAdvertisement, limits},
     keys::PublicKey,
     names::{MemberName, Ordinal},
 };
@@ -39,13 +39,20 @@ fn offered(mesh: &Mesh, me: &MemberName) -> BTreeMap<MemberName, Member> {
     members
 }
 
-/// What this cluster uses itself, and how it is known.
+/// What this cluster uses itself, and how it is known. A range that it advertises and cannot offer (another holds it, it
+/// is a Service's) counts; one outside its own allowedCIDRs is a mistake, and must cost nobody else a route.
 fn own_ranges(objects: &Objects, local: &Local) -> Ranges<String> {
+    let mine = objects.clusters.iter().find(|cluster| cluster_at(cluster).name == local.cluster.as_str());
+    let allowed = mine.map(|cluster| allowed(cluster).collect::<Vec<_>>());
+    // Before it is a member nothing bounds it.
+    let may_have =
+        |range: &IpNetwork| allowed.as_ref().is_none_or(|list| list.iter().any(|outer| prefix::covers(*outer, *range)));
     let mut own: BTreeSet<(IpNetwork, String)> = BTreeSet::new();
     for advertisement in of(objects, &local.cluster) {
         let known = format!("RouteAdvertisement {}", advertisement_at(advertisement).name.escape_debug());
         let routes = advertisement.spec.routes.iter().take(limits::ROUTES);
-        own.extend(routes.filter_map(|route| prefix::parse(&route.cidr).ok()).map(|range| (range, known.clone())));
+        let ranges = routes.filter_map(|route| prefix::parse(&route.cidr).ok()).filter(may_have);
+        own.extend(ranges.map(|range| (range, known.clone())));
     }
     own.extend(local.cidrs.iter().map(|range| (*range, "--local-cidr".to_owned())));
     let mut ranges = Ranges::default();
@@ -53,6 +60,10 @@ fn own_ranges(objects: &Objects, local: &Local) -> Ranges<String> {
         ranges.insert(range, known);
     }
     ranges
+}
+
+fn allowed(cluster: &MeshCluster) -> impl Iterator<Item = IpNetwork> {
+    cluster.spec.allowed_cidrs.iter().take(limits::ALLOWED_CIDRS).filter_map(|text| prefix::parse(text).ok())
 }
 
 fn of<'a>(objects: &'a Objects, member: &MemberName) -> impl Iterator<Item = &'a RouteAdvertisement> {

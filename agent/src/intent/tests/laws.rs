@@ -287,6 +287,12 @@ proptest! {
         let advertised = objects.advertisements.iter().filter(|a| a.spec.cluster == local.cluster.as_str());
         let mut own: Vec<IpNetwork> =
             advertised.flat_map(|a| &a.spec.routes).filter_map(|r| prefix::parse(&r.cidr).ok()).collect();
+        // What it may not have is not its own.
+        if let Some(mine) = objects.clusters.iter().find(|c| c.metadata.name.as_deref() == Some(local.cluster.as_str())) {
+            let allowed: Vec<IpNetwork> =
+                mine.spec.allowed_cidrs.iter().filter_map(|text| prefix::parse(text).ok()).collect();
+            own.retain(|range| allowed.iter().any(|outer| covers(*outer, *range)));
+        }
         own.extend(&local.cidrs);
         own.extend(local.api_server.map(IpNetwork::from));
         let mut missing = 0;
