@@ -6,7 +6,6 @@
 use std::{
     future::Future,
     io::{self, IoSlice},
-    net::SocketAddr,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -22,7 +21,7 @@ use super::{
     gate::Load,
     offload::{self, Frame, Group},
     peer::Peer,
-    udp::{Arena, Socket},
+    udp::{Arena, Endpoint, Socket},
 };
 use crate::keys::PublicKey;
 
@@ -33,7 +32,7 @@ const BATCH: usize = 64;
 /// Buffer for a packet that is to be encrypted, bytes; a longer one gets memory of its own.
 const PACKET: usize = 2048;
 
-type Batch = Vec<(Packet, SocketAddr)>;
+type Batch = Vec<(Packet, Endpoint)>;
 
 /// From the TUN to the socket. Ends when the TUN is gone.
 pub(super) async fn outgoing(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Error {
@@ -48,7 +47,7 @@ pub(super) async fn outgoing(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Er
             }
             read = shared.tun.try_recv(&mut frame);
         }
-        socket.send(&mut sealer.batch).await;
+        send(&shared, &socket, &mut sealer.batch).await;
         match read {
             Ok(_) => tokio::task::consume_budget().await,
             Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
@@ -103,7 +102,7 @@ pub(super) async fn incoming(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Er
             pause_after(&shared, "receive", &err).await;
         }
         opened.open(&shared, &mut arena);
-        socket.send(&mut opened.replies).await;
+        send(&shared, &socket, &mut opened.replies).await;
         let groups = offload::coalesce(&mut opened.packets, shared.tun.udp_gso());
         for group in &groups {
             if let Err(err) = write(&shared, group, &opened.packets).await {
@@ -136,7 +135,7 @@ impl Opened {
             if !matches!(packet.first(), Some(1..=4)) {
                 continue;
             }
-            let packet = match table.identity.gate.admit(&mut self.load, Packet::from_bytes(packet), from) {
+            let packet = match table.identity.gate.admit(&mut self.load, Packet::from_bytes(packet), from.peer) {
                 Ok(packet) => packet,
                 Err(cookie) => {
                     self.replies.extend(cookie.map(|cookie| (cookie.into(), from)));
@@ -156,7 +155,7 @@ impl Opened {
         }
     }
 
-    fn open_one(&mut self, shared: &Shared, table: &Table, peer: &Arc<Peer>, packet: WgKind, from: SocketAddr) {
+    fn open_one(&mut self, shared: &Shared, table: &Table, peer: &Arc<Peer>, packet: WgKind, from: Endpoint) {
         let mut state = peer.lock();
         match state.open(packet, from) {
             TunnResult::Done | TunnResult::Err(_) => return,
@@ -222,6 +221,12 @@ async fn write(shared: &Shared, group: &Group, packets: &[BytesMut]) -> io::Resu
     shared.tun.send_vectored(&parts).await.map(drop)
 }
 
+async fn send(shared: &Shared, socket: &Socket, batch: &mut Batch) {
+    for stale in socket.send(batch).await {
+        shared.table().peers.values().for_each(|peer| peer.lock().forget_local(stale));
+    }
+}
+
 /// Keepalives, handshakes, and the link's MTU.
 pub(super) async fn timers(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Error {
     let mut batch = Vec::new();
@@ -237,7 +242,7 @@ pub(super) async fn timers(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Erro
         }
         collect_due(&shared, &mut batch);
         shared.prune_sessions();
-        socket.send(&mut batch).await;
+        send(&shared, &socket, &mut batch).await;
     }
 }
 

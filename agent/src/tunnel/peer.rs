@@ -1,7 +1,6 @@
 //! One peer: gotatun's Noise state machine, and what the kernel's WireGuard keeps beside it.
 
 use std::{
-    net::SocketAddr,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
@@ -13,7 +12,7 @@ use gotatun::{
     tun::MtuWatcher,
 };
 
-use super::{device::Identity, proto::PeerConfig};
+use super::{device::Identity, proto::PeerConfig, udp::Endpoint};
 use crate::{
     keys::{PskId, PublicKey},
     reconcile::Pair,
@@ -32,7 +31,7 @@ pub(super) struct Peer {
 
 pub(super) struct PeerState {
     tunn: Tunn,
-    endpoint: Option<SocketAddr>,
+    endpoint: Option<Endpoint>,
     keepalive: u16,
     psk: Option<PskId>,
     /// Copies of what waits for a session. gotatun's queue cannot hold them: it would send over an unconfirmed one.
@@ -95,7 +94,7 @@ impl Peer {
     pub(super) fn new(key: PublicKey, tunn: Tunn, config: &PeerConfig) -> Peer {
         let state = PeerState {
             tunn,
-            endpoint: config.endpoint,
+            endpoint: config.endpoint.map(Endpoint::from),
             keepalive: config.keepalive,
             psk: config.psk.as_ref().map(|psk| psk.id()),
             waiting: Vec::new(),
@@ -125,14 +124,21 @@ impl PeerState {
             self.tunn.set_persistent_keepalive(Some(config.keepalive));
             self.keepalive = config.keepalive;
         }
-        if config.endpoint.is_some() && config.endpoint != self.endpoint {
-            self.endpoint = config.endpoint;
+        if config.endpoint.is_some() && config.endpoint != self.endpoint.map(|endpoint| endpoint.peer) {
+            self.endpoint = config.endpoint.map(Endpoint::from);
             self.dial = self.keepalive > 0 || !self.waiting.is_empty();
         }
     }
 
-    pub(super) fn endpoint(&self) -> Option<SocketAddr> {
+    pub(super) fn endpoint(&self) -> Option<Endpoint> {
         self.endpoint
+    }
+
+    /// Lets the kernel choose our address, if that is still the one.
+    pub(super) fn forget_local(&mut self, stale: Endpoint) {
+        if self.endpoint == Some(stale) {
+            self.endpoint = Some(stale.peer.into());
+        }
     }
 
     pub(super) fn tunn(&mut self) -> &mut Tunn {
@@ -168,7 +174,7 @@ impl PeerState {
     }
 
     /// Decrypts or answers. An authentic packet moves the endpoint to where it came from.
-    pub(super) fn open(&mut self, packet: WgKind, from: SocketAddr) -> TunnResult {
+    pub(super) fn open(&mut self, packet: WgKind, from: Endpoint) -> TunnResult {
         let session = match &packet {
             WgKind::Data(packet) => Some(packet.header.receiver_idx.get()),
             _ => None,
@@ -230,7 +236,7 @@ impl PeerState {
     }
 
     /// What is due: a keepalive, or a handshake. To be called four times a second.
-    pub(super) fn tick(&mut self) -> Option<(WgKind, SocketAddr)> {
+    pub(super) fn tick(&mut self) -> Option<(WgKind, Endpoint)> {
         let to = self.endpoint?;
         let due = match self.tunn.update_timers() {
             // gotatun gives up 90 s after the peer fell silent, for good. With a keepalive the kernel goes on, and a
@@ -261,7 +267,11 @@ impl PeerState {
 
     pub(super) fn read(&mut self) -> (state::Peer, Pair) {
         let (_, tx_bytes, ..) = self.tunn.stats();
-        let peer = state::Peer { endpoint: self.endpoint, keepalive: self.keepalive, psk: self.psk };
+        let peer = state::Peer {
+            endpoint: self.endpoint.map(|endpoint| endpoint.peer),
+            keepalive: self.keepalive,
+            psk: self.psk,
+        };
         let pair = Pair { last_handshake: self.last_handshake, rx_bytes: self.rx_bytes, tx_bytes: tx_bytes as u64 };
         (peer, pair)
     }
@@ -275,6 +285,8 @@ impl std::fmt::Debug for Peer {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
     use gotatun::noise::index_table::IndexTable;
 
     use super::*;
@@ -305,7 +317,7 @@ mod tests {
 
     #[track_caller]
     fn answer(peer: &Peer, message: WgKind) -> WgKind {
-        match peer.lock().open(message, FROM) {
+        match peer.lock().open(message, FROM.into()) {
             TunnResult::WriteToNetwork(answer) => answer,
             other => panic!("{other:?}"),
         }
@@ -313,7 +325,7 @@ mod tests {
 
     #[track_caller]
     fn text(peer: &Peer, message: WgKind) -> String {
-        match peer.lock().open(message, FROM) {
+        match peer.lock().open(message, FROM.into()) {
             TunnResult::WriteToTunnel(packet) => String::from_utf8(packet.to_vec()).unwrap(),
             other => panic!("{other:?}"),
         }
@@ -414,6 +426,6 @@ mod tests {
         state.configure(&PeerConfig { endpoint: None, keepalive: 25, psk: None });
         state.set_identity(&Identity::new(&PrivateKey::new([3; 32])));
         assert_eq!(state.read().1.last_handshake, None);
-        assert!(matches!(state.tick(), Some((WgKind::HandshakeInit(_), FROM))));
+        assert!(matches!(state.tick(), Some((WgKind::HandshakeInit(_), to)) if to == FROM.into()));
     }
 }

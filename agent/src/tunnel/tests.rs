@@ -240,6 +240,26 @@ fn two_tunnels_talk_and_read_says_so() {
     talk(&a, &b, "10.77.0.2:7");
 }
 
+/// An answer from another address would move the endpoint, and would not pass a NAT.
+#[test]
+fn a_node_answers_from_the_address_that_it_was_reached_at() {
+    let (a, b) = pair();
+    a.ip("addr add 192.0.2.9/24 dev net");
+    a.ip("addr add 2001:db8::1/64 dev net nodad");
+    a.ip("addr add 2001:db8::9/64 dev net nodad preferred_lft 0");
+    b.ip("addr add 2001:db8::2/64 dev net nodad");
+    let endpoint_at_b = || b.read()[&WG0].peers[&a.public()].peer.endpoint.unwrap().to_string();
+    for endpoint in ["192.0.2.9:27473", "[2001:db8::9]:27473"] {
+        b.peer(&a, Some(endpoint), &[]);
+        talk(&b, &a, "10.77.0.1:7");
+        assert_eq!(endpoint_at_b(), endpoint);
+    }
+    // With the address gone, the tunnel goes on from another one.
+    a.ip("addr del 2001:db8::9/64 dev net");
+    talk(&a, &b, "10.77.0.2:7");
+    assert_eq!(endpoint_at_b(), "[2001:db8::1]:27473");
+}
+
 #[test]
 fn ipv6_inside_and_outside() {
     let (a, b) = (Node::with_tunnel(1), Node::with_tunnel(2));

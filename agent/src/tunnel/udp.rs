@@ -31,10 +31,25 @@ const MAX_READ: usize = 65_535;
 /// What one round of reads may fill, bytes: three full reads, or over a hundred single packets.
 const ARENA: usize = 4 * MAX_READ;
 
+/// Where a peer is, and which of our addresses it knows: an answer from another one would not pass the peer's NAT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Endpoint {
+    pub(super) peer: SocketAddr,
+    /// `None`: the kernel chooses.
+    local: Option<IpAddr>,
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(peer: SocketAddr) -> Endpoint {
+        Endpoint { peer, local: None }
+    }
+}
+
 /// A bound socket. Both halves of a device's data path share it.
 #[derive(Debug)]
 pub(super) struct Socket {
     inner: UdpSocket,
+    family: AddressFamily,
     /// Cleared for good where the route's device cannot checksum, so that the kernel refuses to segment.
     segmentation: AtomicBool,
 }
@@ -42,12 +57,14 @@ pub(super) struct Socket {
 impl Socket {
     /// Binds the port for IPv4 and IPv6, or for IPv4 alone where the kernel has no IPv6.
     pub(super) fn bind(port: u16) -> io::Result<Socket> {
-        let socket = match bind_any(port, AddressFamily::Inet6) {
-            Err(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL) => bind_any(port, AddressFamily::Inet),
-            bound => bound,
-        }?;
+        let (socket, family) = match bind_any(port, AddressFamily::Inet6) {
+            Err(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL) => {
+                (bind_any(port, AddressFamily::Inet)?, AddressFamily::Inet)
+            }
+            bound => (bound?, AddressFamily::Inet6),
+        };
         socket.set_nonblocking(true)?;
-        Ok(Socket { inner: UdpSocket::from_std(socket)?, segmentation: AtomicBool::new(true) })
+        Ok(Socket { inner: UdpSocket::from_std(socket)?, family, segmentation: AtomicBool::new(true) })
     }
 
     /// Datagrams that the kernel dropped because this socket was full (`SK_MEMINFO_DROPS`).
@@ -68,44 +85,84 @@ impl Socket {
         if rc == 0 { info[SK_MEMINFO_DROPS] } else { 0 }
     }
 
-    /// Sends all, in order. What the kernel will not send is lost, as on any network.
-    pub(super) async fn send(&self, packets: &mut Vec<(Packet, SocketAddr)>) {
+    /// Sends all, in order. What the kernel will not send is lost, as on any network. Returns the endpoints of which the
+    /// local address is of no use any more.
+    pub(super) async fn send(&self, packets: &mut Vec<(Packet, Endpoint)>) -> Vec<Endpoint> {
+        let mut stale = Vec::new();
         let mut rest = &packets[..];
         while let Some((first, to)) = rest.first() {
             let run = if self.segmentation.load(Ordering::Relaxed) { run_length(rest) } else { 1 };
             let (now, later) = rest.split_at(run);
             rest = later;
-            match self.send_run(now, first.len(), *to).await {
+            match self.send_run(now, first.len(), *to, &mut stale).await {
                 Ok(()) => {}
                 // EIO: no checksum offload on the way. EINVAL, EMSGSIZE: a segment is longer than the path's MTU.
                 Err(err)
                     if run > 1 && matches!(err.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)) =>
                 {
                     if err.raw_os_error() == Some(libc::EIO) {
-                        tracing::info!(%to, "the way out cannot segment UDP: sending packet by packet");
+                        tracing::info!(to = %to.peer, "the way out cannot segment UDP: sending packet by packet");
                         self.segmentation.store(false, Ordering::Relaxed);
                     }
                     for packet in now {
-                        if let Err(err) = self.send_run(std::slice::from_ref(packet), packet.0.len(), *to).await {
-                            tracing::debug!(%to, %err, "packet not sent");
+                        let packet = std::slice::from_ref(packet);
+                        if let Err(err) = self.send_run(packet, packet[0].0.len(), *to, &mut stale).await {
+                            tracing::debug!(to = %to.peer, %err, "packet not sent");
                         }
                     }
                 }
-                Err(err) => tracing::debug!(%to, %err, packets = run, "packets not sent"),
+                Err(err) => tracing::debug!(to = %to.peer, %err, packets = run, "packets not sent"),
             }
         }
         packets.clear();
+        stale
     }
 
     /// Sends packets of `segment` bytes each, the last at most that long, as one.
-    async fn send_run(&self, run: &[(Packet, SocketAddr)], segment: usize, to: SocketAddr) -> io::Result<()> {
+    async fn send_run(
+        &self,
+        run: &[(Packet, Endpoint)],
+        segment: usize,
+        to: Endpoint,
+        stale: &mut Vec<Endpoint>,
+    ) -> io::Result<()> {
+        let sent = self.send_from(run, segment, to).await;
+        match sent.as_ref().map_err(io::Error::raw_os_error) {
+            // The address was removed, or has no route to there (kernel: `send4`, `send6` in socket.c).
+            Err(Some(libc::EINVAL | libc::EADDRNOTAVAIL | libc::ENETUNREACH)) if to.local.is_some() => {
+                self.send_from(run, segment, to.peer.into()).await?;
+                stale.push(to);
+                Ok(())
+            }
+            _ => sent,
+        }
+    }
+
+    async fn send_from(&self, run: &[(Packet, Endpoint)], segment: usize, to: Endpoint) -> io::Result<()> {
         let parts: Vec<IoSlice<'_>> = run.iter().map(|(packet, _)| IoSlice::new(packet)).collect();
-        let to = SockaddrStorage::from(to);
+        let address = SockaddrStorage::from(to.peer);
         let segment = segment as u16;
-        let segmented = [ControlMessage::UdpGsoSegments(&segment)];
-        let control = if run.len() > 1 { &segmented[..] } else { &[] };
+        let (mut v4, mut v6) = (None, None);
+        match to.local {
+            Some(IpAddr::V4(ip)) if self.family == AddressFamily::Inet => {
+                let (any, ip) = (libc::in_addr { s_addr: 0 }, libc::in_addr { s_addr: u32::from(ip).to_be() });
+                v4 = Some(libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: ip, ipi_addr: any });
+            }
+            Some(ip) => {
+                let ip = match ip {
+                    IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+                    IpAddr::V6(ip) => ip,
+                };
+                v6 = Some(libc::in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: ip.octets() }, ipi6_ifindex: 0 });
+            }
+            None => {}
+        }
+        let segmented = (run.len() > 1).then_some(ControlMessage::UdpGsoSegments(&segment));
+        let v4 = v4.as_ref().map(ControlMessage::Ipv4PacketInfo);
+        let v6 = v6.as_ref().map(ControlMessage::Ipv6PacketInfo);
+        let control: Vec<_> = [segmented, v4, v6].into_iter().flatten().collect();
         let fd = self.inner.as_raw_fd();
-        let send = || Ok(sendmsg(fd, &parts, control, MsgFlags::MSG_DONTWAIT, Some(&to))?);
+        let send = || Ok(sendmsg(fd, &parts, &control, MsgFlags::MSG_DONTWAIT, Some(&address))?);
         self.inner.async_io(Interest::WRITABLE, send).await.map(drop)
     }
 
@@ -124,8 +181,8 @@ impl Socket {
     }
 }
 
-/// How many packets, from the first, one `sendmsg` can segment: one destination, one length, the last may be shorter.
-fn run_length(packets: &[(Packet, SocketAddr)]) -> usize {
+/// How many packets, from the first, one `sendmsg` can segment: one endpoint, one length, the last may be shorter.
+fn run_length(packets: &[(Packet, Endpoint)]) -> usize {
     let Some((first, to)) = packets.first() else { return 0 };
     let (mut total, mut run) = (first.len(), 1);
     for (packet, also_to) in packets.iter().skip(1).take(MAX_SEGMENTS - 1) {
@@ -150,9 +207,11 @@ fn bind_any(port: u16, family: AddressFamily) -> nix::Result<std::net::UdpSocket
     socket::setsockopt(&fd, sockopt::UdpGroSegment, &true)?;
     if family == AddressFamily::Inet6 {
         socket::setsockopt(&fd, sockopt::Ipv6V6Only, &false)?;
+        socket::setsockopt(&fd, sockopt::Ipv6RecvPacketInfo, &true)?;
         let any = std::net::SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0);
         socket::bind(fd.as_fd().as_raw_fd(), &SockaddrIn6::from(any))?;
     } else {
+        socket::setsockopt(&fd, sockopt::Ipv4PacketInfo, &true)?;
         let any = std::net::SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port);
         socket::bind(fd.as_fd().as_raw_fd(), &SockaddrIn::from(any))?;
     }
@@ -166,13 +225,13 @@ pub(super) struct Arena {
     start: BytesMut,
     free: BytesMut,
     control: Vec<u8>,
-    pub(super) packets: Vec<(BytesMut, SocketAddr)>,
+    pub(super) packets: Vec<(BytesMut, Endpoint)>,
 }
 
 impl Arena {
     pub(super) fn new() -> Arena {
         let mut free = BytesMut::zeroed(ARENA);
-        Arena { start: free.split_to(0), free, control: nix::cmsg_space!(i32), packets: Vec::new() }
+        Arena { start: free.split_to(0), free, control: nix::cmsg_space!(i32, libc::in6_pktinfo), packets: Vec::new() }
     }
 
     fn has_room(&self) -> bool {
@@ -200,11 +259,23 @@ impl Arena {
         let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut self.control), flags)?;
         let len = message.bytes;
         let from = message.address.as_ref().and_then(to_std);
-        let segment = message.cmsgs()?.find_map(|control| match control {
-            ControlMessageOwned::UdpGroSegments(size) => usize::try_from(size).ok().filter(|size| *size > 0),
-            _ => None,
-        });
-        let Some(from) = from else { return Ok(()) };
+        let (mut segment, mut local) = (None, None);
+        for control in message.cmsgs()? {
+            match control {
+                ControlMessageOwned::UdpGroSegments(size) => {
+                    segment = usize::try_from(size).ok().filter(|size| *size > 0)
+                }
+                ControlMessageOwned::Ipv4PacketInfo(info) => {
+                    local = Some(IpAddr::V4(u32::from_be(info.ipi_addr.s_addr).into()));
+                }
+                ControlMessageOwned::Ipv6PacketInfo(info) => {
+                    local = Some(IpAddr::V6(info.ipi6_addr.s6_addr.into()).to_canonical());
+                }
+                _ => {}
+            }
+        }
+        let Some(peer) = from else { return Ok(()) };
+        let from = Endpoint { peer, local: local.filter(is_global) };
         let mut joined = self.free.split_to(len);
         let segment = segment.unwrap_or(len);
         while !joined.is_empty() {
@@ -212,6 +283,14 @@ impl Arena {
             self.packets.push((packet, from));
         }
         Ok(())
+    }
+}
+
+/// Whether it says without an interface which address it is.
+fn is_global(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => !ip.is_multicast() && !ip.is_broadcast(),
+        IpAddr::V6(ip) => !ip.is_multicast() && !ip.is_unicast_link_local(),
     }
 }
 
