@@ -118,10 +118,10 @@ pub fn runtime(threads: Option<usize>) -> io::Result<tokio::runtime::Runtime> {
 pub async fn serve(options: TunnelOptions, shutdown: impl Future<Output = ()>) -> Result<(), TunnelError> {
     tun::check_node(Path::new(TUN_NODE))?;
     kernel::check_privileges()?;
+    let _lock = Lock::take(&options.run_dir, "tunnel")?;
     let uapi_dir = options.uapi_dir.clone();
     let uapi_dir_is_ours = !uapi_dir.exists();
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&uapi_dir).map_err(at(&uapi_dir))?;
-    let _lock = Lock::take(&options.run_dir, "tunnel")?;
     let socket = options.run_dir.join(SOCKET);
     let listener = listen(&socket).map_err(at(&socket))?;
     tracing::info!(socket = %socket.display(), "tunnel runs");
@@ -254,8 +254,12 @@ impl Tunnel {
     /// Lets go of devices whose link is gone; the agent will ask for them anew.
     fn reap(&mut self) {
         self.devices.retain(|name, running| match running.device.failure() {
-            Some(err) => {
+            Some(Ok(err)) => {
                 tracing::warn!(device = %name, %err, "the device's link is gone");
+                false
+            }
+            Some(Err(err)) => {
+                tracing::error!(device = %name, %err, "the device ended unexpectedly");
                 false
             }
             None => true,

@@ -33,6 +33,7 @@ pub struct Client {
     path: PathBuf,
     timeout: Duration,
     stream: Option<UnixStream>,
+    /// Per device, datagrams that had been lost at the last reading because its UDP socket was full.
     socket_drops: BTreeMap<Device, u32>,
 }
 
@@ -45,11 +46,6 @@ impl Client {
     /// Tells when the tunnel goes or comes, over a connection of its own.
     pub fn watch(&self) -> Watch {
         Watch { path: self.path.clone(), stream: None }
-    }
-
-    /// Per device, datagrams that were lost in the last reading because its UDP socket was full; since it was bound.
-    pub fn socket_drops(&self) -> &BTreeMap<Device, u32> {
-        &self.socket_drops
     }
 
     #[cfg(test)]
@@ -126,7 +122,12 @@ impl WireGuard for Client {
         let Answer::Devices(devices) = self.call(Request::Read).await? else {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the tunnel answered another question"));
         };
-        self.socket_drops = devices.iter().map(|(device, reading)| (*device, reading.socket_drops)).collect();
+        for (device, reading) in &devices {
+            let drops = reading.socket_drops;
+            if self.socket_drops.insert(*device, drops).is_some_and(|before| drops > before) {
+                tracing::warn!(%device, drops, "the tunnel loses datagrams: it gets too little processor time");
+            }
+        }
         Ok(devices.into_iter().map(|(name, Reading { device, .. })| (name, device)).collect())
     }
 

@@ -17,7 +17,10 @@ use gotatun::{
     x25519,
 };
 use ipnetwork::IpNetwork;
-use tokio::{sync::Notify, task::JoinSet};
+use tokio::{
+    sync::Notify,
+    task::{JoinError, JoinSet},
+};
 use tun_rs::AsyncDevice;
 
 use super::{allowed::AllowedIps, forward, gate::Gate, peer::Peer, proto, tun, udp::Socket};
@@ -142,10 +145,9 @@ impl Device {
         &self.shared
     }
 
-    /// Why the device runs no more, if it does not: mostly because somebody deleted its link.
-    pub(super) fn failure(&mut self) -> Option<io::Error> {
-        let ended = self.tasks.try_join_next()?;
-        Some(ended.unwrap_or_else(|panicked| io::Error::other(panicked.to_string())))
+    /// Why the device runs no more, if it does not: its link was deleted, or one of its tasks panicked.
+    pub(super) fn failure(&mut self) -> Option<Result<io::Error, JoinError>> {
+        self.tasks.try_join_next()
     }
 
     /// Takes over port and key where they differ. Another port keeps the sessions, another key cannot.

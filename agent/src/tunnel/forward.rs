@@ -98,9 +98,7 @@ pub(super) async fn incoming(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Er
     let mut arena = Arena::new();
     let mut opened = Opened { packets: Vec::new(), replies: Vec::new(), load: Load::new(Instant::now()) };
     loop {
-        if let Err(err) = socket.recv(&mut arena).await {
-            pause_after(&shared, "receive", &err).await;
-        }
+        let received = socket.recv(&mut arena).await;
         opened.open(&shared, &mut arena);
         send(&shared, &socket, &mut opened.replies).await;
         let groups = offload::coalesce(&mut opened.packets, shared.tun.udp_gso());
@@ -114,7 +112,10 @@ pub(super) async fn incoming(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Er
             }
         }
         opened.packets.clear();
-        tokio::task::consume_budget().await;
+        match received {
+            Ok(()) => tokio::task::consume_budget().await,
+            Err(err) => pause_after(&shared, "receive", &err).await,
+        }
     }
 }
 
