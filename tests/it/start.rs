@@ -50,6 +50,18 @@ fn what_the_machine_lacks_is_named() {
     });
 }
 
+/// As in a pod: per-device sysctls go over netlink.
+#[test]
+fn nothing_needs_a_writable_proc_sys() {
+    prepared("sysctl", &Member::pair(), |joined| {
+        joined.shell("mn", "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys")?;
+        joined.shell("mn", "if echo 1 2>/dev/null > /proc/sys/net/ipv4/ip_forward; then exit 1; fi")?;
+        joined.start()?;
+        joined.connected()?;
+        joined.wait_reaches("va", "mn")
+    });
+}
+
 /// The agent goes on without the key, and takes it as soon as it is right.
 #[test]
 fn a_key_file_that_cannot_be_used_is_named_and_nothing_is_made_up() {
