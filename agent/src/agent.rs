@@ -23,7 +23,7 @@ use crate::{
         events::{self, Event},
         facts,
     },
-    names::Table,
+    names::{MemberName, Table},
     plan::member_of,
     reconcile::{Kernel, Outcome, Reading, reconcile},
     resolve::{Resolved, Resolver},
@@ -332,12 +332,10 @@ fn peers(view: &View, survey: &Survey, reading: &Reading) -> Vec<PeerStatus> {
 }
 
 fn routes(view: &View) -> Vec<RouteStatus> {
-    let others = view.intent.members.iter().filter(|(name, _)| **name != view.intent.me);
+    let told = |name: &MemberName, cidr: IpNetwork| RouteStatus { cidr: cidr.to_string(), member: name.to_string() };
+    let others = view.intent.others();
     let mut routes: Vec<RouteStatus> = others
-        .flat_map(|(name, member)| {
-            let offered = member.routes.iter().filter(|(_, claim)| claim.offered.includes(&view.intent.me));
-            offered.map(|(cidr, _)| RouteStatus { cidr: cidr.to_string(), member: name.to_string() })
-        })
+        .flat_map(|(name, member)| member.offered_to(&view.intent.me).map(move |cidr| told(name, cidr)))
         .collect();
     routes.sort_by(|a, b| (&a.member, &a.cidr).cmp(&(&b.member, &b.cidr)));
     routes

@@ -123,8 +123,7 @@ fn after(addresses: &[SocketAddr], current: SocketAddr) -> Option<SocketAddr> {
 /// Every pair's addresses: its endpoints in order, names by what they resolved to, each at the port that answers this
 /// node's slot.
 pub fn candidates(intent: &Intent, facts: &Facts) -> BTreeMap<Key, Vec<SocketAddr>> {
-    let others = intent.members.iter().filter(|(name, _)| **name != intent.me);
-    let gateways = others.flat_map(|(_, member)| &member.gateways);
+    let gateways = intent.others().flat_map(|(_, member)| &member.gateways);
     gateways
         .map(|(ordinal, gateway)| {
             let addresses = gateway.endpoints.iter().flat_map(|endpoint| {

@@ -102,6 +102,13 @@ pub enum Offer {
     To(BTreeSet<MemberName>),
 }
 
+impl Member {
+    /// The prefixes that it offers to that member, in order.
+    pub fn offered_to(&self, member: &MemberName) -> impl Iterator<Item = IpNetwork> {
+        self.routes.iter().filter(move |(_, route)| route.offered.includes(member)).map(|(prefix, _)| *prefix)
+    }
+}
+
 impl Offer {
     pub fn includes(&self, member: &MemberName) -> bool {
         match self {
@@ -322,6 +329,11 @@ pub fn mesh(objects: &Objects, mesh_domain: &str) -> (Mesh, Vec<Rejection>) {
 }
 
 impl Intent {
+    /// Every member but this one.
+    pub fn others(&self) -> impl Iterator<Item = (&MemberName, &Member)> {
+        self.members.iter().filter(|(name, _)| **name != self.me)
+    }
+
     /// Takes `local`'s view of a `mesh` and the `objects` that it was made of.
     ///
     /// Refuses the prefixes of others that overlap this cluster's own ranges: its own advertisements (also those that

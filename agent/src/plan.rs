@@ -13,7 +13,7 @@ use ipnetwork::IpNetwork;
 
 use crate::{
     facts::Facts,
-    intent::{Gateway, Host, Intent, Kind, Member, Reason, Rejection, Route as Claim},
+    intent::{Gateway, Host, Intent, Kind, Member, Reason, Rejection},
     keys::PublicKey,
     names::{Device, MemberName, Table},
     state::{Family, Link, Nft, Peer, Route, Rule, State, WireGuard},
@@ -50,21 +50,16 @@ pub fn plan(intent: &Intent, facts: &Facts) -> (State, Vec<Rejection>) {
     (state, rejected)
 }
 
-/// The other members.
-fn others(intent: &Intent) -> impl Iterator<Item = (&MemberName, &Member)> {
-    intent.members.iter().filter(|(name, _)| **name != intent.me)
-}
-
 /// A range that is offered to this member never leaves in the clear, whether there is a way to it or not.
 fn close_ranges(state: &mut State, intent: &Intent) {
-    let ranges = others(intent).flat_map(|(_, member)| offered(member, &intent.me));
+    let ranges = intent.others().flat_map(|(_, member)| member.offered_to(&intent.me));
     state.routes.extend(ranges.map(|range| ((Table::Closed, range), Route::Unreachable)));
 }
 
 /// Peers with what they carry, the devices that they need, the ways to them, and what may pass.
 fn join(state: &mut State, intent: &Intent, facts: &Facts, me: Myself<'_>, rejected: &mut Vec<Rejection>) {
     let mut left_out = BTreeSet::new();
-    for (name, member) in others(intent) {
+    for (name, member) in intent.others() {
         if facts.psks.get(name) == Some(&None) {
             rejected.push(unreadable_psk(name));
             left_out.insert(name);
@@ -77,7 +72,7 @@ fn join(state: &mut State, intent: &Intent, facts: &Facts, me: Myself<'_>, rejec
         state.wireguard.insert(device, WireGuard { key: me.gateway.key, port });
         state.links.insert(device, Link::ours(device_mtu(facts.underlay_mtu)));
     }
-    for (name, member) in others(intent) {
+    for (name, member) in intent.others() {
         open_ranges(state, intent, facts, me, (name, member));
     }
     if !state.peers.is_empty() {
@@ -154,15 +149,10 @@ fn add_peers(
             psk: facts.psks.get(name).copied().flatten(),
         };
         state.peers.insert(pair, peer);
-        for prefix in offered(member, &intent.me) {
+        for prefix in member.offered_to(&intent.me) {
             state.allowed_ips.insert((device, prefix), gateway.key);
         }
     }
-}
-
-/// The prefixes that `member` offers to `to`.
-fn offered<'a>(member: &'a Member, to: &'a MemberName) -> impl Iterator<Item = IpNetwork> + 'a {
-    member.routes.iter().filter(move |(_, claim): &(_, &Claim)| claim.offered.includes(to)).map(|(prefix, _)| *prefix)
 }
 
 /// Each prefix leaves by the device of the member's lowest ordinal, the only one that a plain route can name.
@@ -174,7 +164,7 @@ fn open_ranges(
     (name, member): (&MemberName, &Member),
 ) {
     let sources = Family::ALL.map(|family| (family, own_source(me.member, name, family, &facts.addresses)));
-    for prefix in offered(member, &intent.me) {
+    for prefix in member.offered_to(&intent.me) {
         if let Some(device) = Device::all().find(|device| state.allowed_ips.contains_key(&(*device, prefix))) {
             let source =
                 sources.iter().find(|(family, _)| *family == Family::of(&prefix)).and_then(|(_, source)| *source);
@@ -185,7 +175,7 @@ fn open_ranges(
 
 /// The address from which this node itself can talk to that member: one inside a range that is offered to it.
 fn own_source(me: &Member, to: &MemberName, family: Family, addresses: &BTreeSet<IpAddr>) -> Option<IpAddr> {
-    let ranges: Vec<IpNetwork> = offered(me, to).filter(|range| Family::of(range) == family).collect();
+    let ranges: Vec<IpNetwork> = me.offered_to(to).filter(|range| Family::of(range) == family).collect();
     addresses.iter().copied().find(|address| ranges.iter().any(|range| range.contains(*address)))
 }
 
@@ -222,9 +212,9 @@ pub fn addresses_of(host: &Host, resolved: &BTreeMap<String, Vec<IpAddr>>) -> Ve
 /// hold disjoint prefixes, and of a member's nested ones the widest stands for all.
 fn packet_rules(intent: &Intent, me: Myself<'_>, left_out: impl Fn(&MemberName) -> bool) -> Nft {
     let mut nft = Nft::default();
-    for (name, member) in others(intent).filter(|(name, _)| !left_out(name)) {
-        let own = widest(offered(me.member, name));
-        for remote in widest(offered(member, &intent.me)) {
+    for (name, member) in intent.others().filter(|(name, _)| !left_out(name)) {
+        let own = widest(me.member.offered_to(name));
+        for remote in widest(member.offered_to(&intent.me)) {
             for own in own.iter().copied().filter(|own| own.is_ipv4() == remote.is_ipv4()) {
                 nft.keep_source.extend([(own, remote), (remote, own)]);
                 nft.admit.insert((remote, own));
@@ -264,7 +254,7 @@ mod tests {
     use super::*;
     use crate::{
         diff::diff,
-        intent::{Endpoint, Offer},
+        intent::{Endpoint, Offer, Route as Claim},
         keys::PskId,
         model::key,
         names::{MemberId, Ordinal},
