@@ -1,8 +1,13 @@
-//! The numbers that the BPF programs, their maps and the agent must agree on.
+//! The bytes that the BPF programs and the agent share: map keys and values, wire formats, reasons; and the one choice
+//! that both must make alike, [`choose`].
 //!
-//! The programs come later; these bounds are already part of the wire formats (a probe carries one bit per member id).
+//! Everything is `repr(C)` with explicit widths and no padding, sizes asserted here. Numbers are in the machine's order
+//! unless said otherwise; addresses, ports on the wire and MACs are bytes in network order.
 
 #![no_std]
+
+/// Version of everything in this file that is pinned. Maps live in bpffs under `carrick/v<ABI>`.
+pub const ABI: u32 = 1;
 
 /// Largest member id. Ids 0 to this, one bit each, fill a probe's 512-byte bitmap.
 pub const MAX_MEMBER_ID: u16 = 4095;
@@ -10,3 +15,332 @@ const _: () = assert!((MAX_MEMBER_ID as usize + 1) / 8 == 512);
 
 /// Gateway slots of a member: ordinals 0 to 7.
 pub const SLOTS: u8 = 8;
+
+/// In place of a slot: none.
+pub const NO_SLOT: u8 = 255;
+
+/// Secrets that a hop may be authenticated by at one time: the first sends, both are accepted.
+pub const HOP_SECRETS: usize = 2;
+
+/// Entries that each map can hold.
+pub mod capacity {
+    pub const REMOTE: u32 = 65_536;
+    pub const OWN: u32 = 256;
+    pub const HOMES: u32 = 131_072;
+    pub const NODES: u32 = 16_384;
+    /// Bytes.
+    pub const WAKE: u32 = 65_536;
+}
+
+/// An IPv6 address, or an IPv4 address as `::ffff:a.b.c.d` (RFC 4291 §2.5.5.2). All zeros: none.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Addr(pub [u8; 16]);
+
+impl Addr {
+    pub const NONE: Addr = Addr([0; 16]);
+
+    pub const fn v4(a: [u8; 4]) -> Addr {
+        Addr([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a[0], a[1], a[2], a[3]])
+    }
+}
+
+/// The length of an IPv4 prefix as one of [`Addr`]s is this plus its own.
+pub const V4_PREFIX: u32 = 96;
+
+/// Value of `REMOTE`, the longest-prefix map of remote prefixes and of every member's overlay prefix, the own included.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Remote {
+    pub member: u16,
+    /// One of [`remote`].
+    pub kind: u8,
+    pub zero: u8,
+}
+
+/// What a remote prefix is.
+pub mod remote {
+    /// Offered to this member: steered to one of the member's gateways.
+    pub const RANGE: u8 = 1;
+    /// An overlay /64: host parts 1 to 8 are slots, others nodes.
+    pub const OVERLAY: u8 = 2;
+    /// An endpoint inside a range: the member is known by it, but it is not steered.
+    pub const CARVED: u8 = 3;
+}
+
+/// Value of `OWN`, the longest-prefix map of what this member advertises: the members that it is offered to, bit
+/// `id % 64` of word `id / 64`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offered {
+    pub members: [u64; 64],
+}
+
+/// Value of `HOMES`, the longest-prefix map of where this cluster's pods (and nodes' advertised and overlay addresses)
+/// live: the node's hop address; [`Addr::NONE`] is this node.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Home {
+    pub node: Addr,
+}
+
+/// Value of `NODES`, keyed by every hop address of every other node of this cluster.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Its slot, or [`NO_SLOT`]: a worker.
+    pub slot: u8,
+    pub zero: [u8; 3],
+}
+
+/// The one value of `CONFIG`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Hop addresses of this cluster's slots, by family (IPv4, IPv6); [`Addr::NONE`]: no such slot, or no address of the
+    /// family. This node's own slot has none.
+    pub gateways: [[Addr; SLOTS as usize]; 2],
+    /// This node's hop addresses, by family: the outer source.
+    pub hop: [Addr; 2],
+    /// This node's overlay address: its slot's on a gateway, its own on a worker.
+    pub overlay: Addr,
+    /// Index of `carrick-hop`.
+    pub hop_ifindex: u32,
+    /// Indexes of `carrick-wg0` to `carrick-wg7`; 0: no such device.
+    pub wireguard: [u32; SLOTS as usize],
+    /// VNI of each hop secret, 24 bits.
+    pub vni: [u32; HOP_SECRETS],
+    /// Inner destination MAC of each hop secret.
+    pub mac: [[u8; 6]; HOP_SECRETS],
+    /// The MAC of `carrick-hop` on this node.
+    pub hop_mac: [u8; 6],
+    /// This member's id.
+    pub member: u16,
+    /// Bytes of an inner packet towards a member whose path MTU is not known.
+    pub mtu: u16,
+    /// Bytes of an inner packet that the hop carries.
+    pub hop_mtu: u16,
+    /// UDP port of WireGuard device 0.
+    pub wireguard_port: u16,
+    /// UDP port of the hop.
+    pub hop_port: u16,
+    /// UDP port of probes, both source and destination.
+    pub probe_port: u16,
+    /// This node's slot, or [`NO_SLOT`].
+    pub slot: u8,
+    /// Hop secrets in use, 0 to 2.
+    pub secrets: u8,
+}
+
+/// Value of `HEALTH`, by member id. The prober alone writes it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Bit s: this cluster's slot s, on another node, reaches the member.
+    pub via: u8,
+    /// Bit s: this gateway reaches the member's slot s.
+    pub links: u8,
+    /// Bytes of an inner packet that reach the member's pods whatever the way; 0: not known.
+    pub mtu: u16,
+    pub zero: u32,
+}
+
+/// The one value of `ANSWER`: what this node's probe answers say. The prober alone writes it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// [`probe::DRAINING`] or 0.
+    pub flags: u8,
+    pub zero: u8,
+    /// Bytes, network order.
+    pub mtu: [u8; 2],
+    /// Members that this gateway reaches: bit `id % 8` of byte `id / 8`.
+    pub members: [u8; 512],
+}
+
+/// A probe: a UDP payload of [`probe::LEN`] bytes. An ask is as long as its answer, so that it is answered in place.
+pub mod probe {
+    pub const MAGIC: [u8; 4] = *b"CRK1";
+    pub const ASK: u8 = 1;
+    pub const ANSWER: u8 = 2;
+    /// Flag: this gateway is being drained.
+    pub const DRAINING: u8 = 1;
+
+    // Offsets in the payload.
+    pub const TYPE: usize = 4;
+    pub const FLAGS: usize = 5;
+    /// u16, network order.
+    pub const MTU: usize = 6;
+    /// u64, chosen by the asker.
+    pub const NONCE: usize = 8;
+    pub const MEMBERS: usize = 16;
+    pub const LEN: usize = 528;
+}
+
+/// One record of the ring `WAKE`: traffic towards a member after [`IDLE_NS`] without.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wake {
+    pub member: u32,
+}
+
+/// `TRAFFIC`, by member id, is when a packet towards it was last steered (CLOCK_MONOTONIC, coarse, nanoseconds), exact to
+/// this.
+pub const TRAFFIC_NS: u64 = 500_000_000;
+/// After so long without traffic the next packet is told in `WAKE`.
+pub const IDLE_NS: u64 = 4_000_000_000;
+
+/// Value of `SENT`, per CPU: indexes 0 to 7 by own slot over the hop, 8 to 15 by WireGuard device.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// As they are on the wire: a GSO packet counts its segments.
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $reason:ident => $text:literal,)*) => {
+        /// Why a packet was dropped: the index into `DROPS`, per CPU. A closed list; new reasons go to the end.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum Reason {
+            $($(#[$doc])* $reason,)*
+        }
+
+        impl Reason {
+            pub const ALL: &[Reason] = &[$(Reason::$reason,)*];
+
+            /// As metrics and status write it.
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Reason::$reason => $text,)*
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// `CONFIG` is not written yet.
+    NotConfigured => "not_configured",
+    /// Neither IPv4 nor IPv6, on one of our own devices.
+    NotIp => "not_ip",
+    /// Shorter than its headers say.
+    Truncated => "truncated",
+    /// On `carrick-hop`, towards an address of no member.
+    NotRemote => "not_remote",
+    /// The own source is not offered to the member of the destination.
+    SourceNotOffered => "source_not_offered",
+    /// No gateway towards the member was ever healthy.
+    NoGateway => "no_gateway",
+    /// The chosen WireGuard device does not exist, or this cluster has no hop address for the chosen slot.
+    NoDevice => "no_device",
+    /// From a tunnel, with a source that no member was accepted with.
+    ForeignSource => "foreign_source",
+    /// From a tunnel, towards what was not offered to that member.
+    NotOffered => "not_offered",
+    /// Towards an overlay address, and not a probe.
+    NotForOverlay => "not_for_overlay",
+    /// A probe that does not look like one.
+    MalformedProbe => "malformed_probe",
+    /// Towards a pod that lives on no known node.
+    NoHome => "no_home",
+    /// From the hop, with a wrong VNI or inner MAC.
+    HopUnauthenticated => "hop_unauthenticated",
+    /// From the hop, from no node of this cluster, or from a worker to a worker.
+    HopUnknownNode => "hop_unknown_node",
+    /// From the hop, with an inner source that does not live where the outer one says, or towards what is not here.
+    HopForeignSource => "hop_foreign_source",
+    /// A pod's UDP to the hop port.
+    HopForged => "hop_forged",
+    /// Our own WireGuard's UDP towards a remote range: a loop.
+    Loop => "loop",
+    /// Larger than the way carries; the sender was told by ICMP where it could be.
+    TooBig => "too_big",
+    /// A kernel helper refused.
+    HelperFailed => "helper_failed",
+}
+
+/// The slot that carries a flow: rendezvous hashing over the set bits of `healthy`, so that nothing healthy moves when
+/// another slot dies, and both families of hashes spread evenly. `None` if no bit is set.
+#[inline(always)]
+pub const fn choose(flow: u32, healthy: u8) -> Option<u8> {
+    let mut best = 0;
+    let mut chosen = NO_SLOT;
+    let mut slot = 0;
+    while slot < SLOTS {
+        let weight = mix(flow ^ (slot as u32 + 1).wrapping_mul(0x9e37_79b9));
+        if healthy & (1 << slot) != 0 && (chosen == NO_SLOT || weight > best) {
+            best = weight;
+            chosen = slot;
+        }
+        slot += 1;
+    }
+    if chosen == NO_SLOT { None } else { Some(chosen) }
+}
+
+/// What a flow is to [`choose`]: its addresses and its protocol (IPv4's, or IPv6's last next header that can be told
+/// without ports), the same for every fragment.
+#[inline(always)]
+pub const fn flow(source: &[u32; 4], destination: &[u32; 4], protocol: u8) -> u32 {
+    let mut hash = protocol as u32;
+    let mut i = 0;
+    while i < 4 {
+        hash = mix(hash ^ source[i]);
+        hash = mix(hash.wrapping_add(destination[i]));
+        i += 1;
+    }
+    hash
+}
+
+/// A 32-bit finalizer: every input bit flips every output bit with a probability near one half.
+#[inline(always)]
+const fn mix(mut x: u32) -> u32 {
+    x ^= x >> 16;
+    x = x.wrapping_mul(0x7feb_352d);
+    x ^= x >> 15;
+    x = x.wrapping_mul(0x846c_a68b);
+    x ^ (x >> 16)
+}
+
+const _: () = {
+    assert!(size_of::<Addr>() == 16 && align_of::<Addr>() == 1);
+    assert!(size_of::<Remote>() == 4);
+    assert!(size_of::<Offered>() == 512);
+    assert!(size_of::<Home>() == 16);
+    assert!(size_of::<Node>() == 4);
+    assert!(size_of::<Config>() == 380 && align_of::<Config>() == 4);
+    assert!(size_of::<Reach>() == 8);
+    assert!(size_of::<Answer>() == 516 && align_of::<Answer>() == 1);
+    assert!(size_of::<Wake>() == 4);
+    assert!(size_of::<Count>() == 16);
+};
+
+#[cfg(not(target_arch = "bpf"))]
+mod pod {
+    #![allow(unsafe_code)]
+    use super::{Addr, Answer, Config, Count, Home, Node, Offered, Reach, Remote, Wake};
+
+    // SAFETY: each is `repr(C)` of integers and byte arrays, without padding: the sizes asserted above are the sums of
+    // their fields.
+    unsafe impl aya::Pod for Addr {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Remote {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Offered {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Home {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Node {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Config {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Reach {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Answer {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Wake {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Count {}
+}
