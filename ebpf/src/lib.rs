@@ -77,7 +77,7 @@ pub struct Offered {
 }
 
 /// Value of `HOMES`, the longest-prefix map of where this cluster's pods (and nodes' advertised and overlay addresses)
-/// live: the node's hop address; [`Addr::NONE`] is this node.
+/// live: the node's first hop address (IPv4 if it has one); [`Addr::NONE`] is this node.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Home {
@@ -91,6 +91,8 @@ pub struct Node {
     /// Its slot, or [`NO_SLOT`]: a worker.
     pub slot: u8,
     pub zero: [u8; 3],
+    /// The address by which `HOMES` knows it: a node may have one of each family.
+    pub home: Addr,
 }
 
 /// The one value of `CONFIG`.
@@ -309,7 +311,7 @@ const _: () = {
     assert!(size_of::<Remote>() == 4);
     assert!(size_of::<Offered>() == 512);
     assert!(size_of::<Home>() == 16);
-    assert!(size_of::<Node>() == 4);
+    assert!(size_of::<Node>() == 20);
     assert!(size_of::<Config>() == 380 && align_of::<Config>() == 4);
     assert!(size_of::<Reach>() == 8);
     assert!(size_of::<Answer>() == 516 && align_of::<Answer>() == 1);
