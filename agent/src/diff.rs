@@ -1,10 +1,11 @@
 //! From the state that is to the state that is wanted, as a list of steps.
 //!
 //! The order is part of the contract, make before break. First what makes the rest safe: `throw` routes, so that no
-//! tunnel is fed its own packets, and the nft table, without which a peer could reach anything. Then devices, then peers
-//! with the prefixes they gain (the kernel moves a prefix in one step), then rules and routes; only then is anything
-//! taken away, in the opposite order. So a prefix that keeps its route never lacks a peer in between, and a forwarded
-//! packet that loses its route meets the `unreachable` twin, never the cluster's own default route.
+//! tunnel is fed its own packets, and the nft table. Then links, still down, the maps and the programs, without which a
+//! peer could reach anything; then links up, peers with the prefixes they gain (the kernel moves a prefix in one step),
+//! rules and routes; only then is anything taken away, in the opposite order. So a prefix that keeps its route never
+//! lacks a peer in between, a prefix that a peer holds is known to the programs, and a forwarded packet that loses its
+//! route meets the `unreachable` twin, never the cluster's own default route.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,8 +13,8 @@ use ipnetwork::IpNetwork;
 
 use crate::{
     keys::PublicKey,
-    names::{Device, Table},
-    state::{Nft, Op, Peer, Route, State},
+    names::{Device, Interface, Table},
+    state::{Entry, Key, Maps, Nft, Op, Peer, Route, State},
 };
 
 /// The steps from `actual` to `desired`; empty when nothing has to change. Sorted by [`Op::is_break`].
@@ -24,37 +25,116 @@ pub fn diff(desired: &State, actual: &State) -> Vec<Op> {
     if let (Some(grown), true) = (&grown, grown != actual.nft && desired.nft.is_some()) {
         ops.push(Op::GrowNft(grown.clone()));
     }
-    make_devices(desired, actual, &mut ops);
+    make_links(desired, actual, &mut ops);
+    make_entries(desired, actual, &mut ops);
+    ops.extend(desired.programs.difference(&actual.programs).cloned().map(Op::Attach));
+    raise_links(desired, actual, &mut ops);
     make_peers(desired, actual, &mut ops);
+    ops.extend(desired.overlay.difference(&actual.overlay).copied().map(Op::AddOverlay));
     ops.extend(desired.rules.difference(&actual.rules).map(|rule| Op::AddRule(*rule)));
     make_routes(desired, actual, |route| *route != Route::Throw, &mut ops);
 
     break_routes(desired, actual, &mut ops);
     ops.extend(actual.rules.difference(&desired.rules).map(|rule| Op::DelRule(*rule)));
+    ops.extend(actual.overlay.difference(&desired.overlay).copied().map(Op::DelOverlay));
     if desired.nft.is_some() && grown != desired.nft {
         ops.push(Op::ShrinkNft(desired.nft.clone()));
     }
     break_peers(desired, actual, &mut ops);
-    let ours: BTreeSet<Device> = actual.links.keys().chain(actual.wireguard.keys()).copied().collect();
-    let stale = ours.into_iter().filter(|device| !desired.wireguard.contains_key(device));
-    ops.extend(stale.map(|device| Op::DelDevice { device }));
+    break_links(desired, actual, &mut ops);
+    break_entries(desired, actual, &mut ops);
     if desired.nft.is_none() && actual.nft.is_some() {
         ops.push(Op::ShrinkNft(None));
+    }
+    if desired.maps.is_none() && actual.maps.is_some() {
+        ops.push(Op::UnloadMaps);
     }
     ops
 }
 
-fn make_devices(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+/// The links themselves, still down: programs are attached to them before they carry anything.
+fn make_links(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+    if let Some(hop) = desired.hop.as_ref().filter(|hop| actual.hop.as_ref() != Some(hop)) {
+        ops.push(Op::SetHop(hop.clone()));
+    }
     for (device, wireguard) in &desired.wireguard {
         if actual.wireguard.get(device) != Some(wireguard) {
             ops.push(Op::SetDevice { device: *device, wireguard: wireguard.clone() });
         }
     }
-    for (device, link) in &desired.links {
-        if actual.links.get(device) != Some(link) {
-            ops.push(Op::SetLink { device: *device, link: link.clone() });
+}
+
+fn raise_links(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+    // A new hop device is down, whatever the old one was.
+    let renewed = desired.hop != actual.hop;
+    for (interface, link) in &desired.links {
+        if actual.links.get(interface) != Some(link) || (*interface == Interface::Hop && renewed) {
+            ops.push(Op::SetLink { interface: *interface, link: link.clone() });
         }
     }
+}
+
+/// A prefix that is offered to fewer members keeps the others until the breaks.
+fn make_entries(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+    let Some(desired) = &desired.maps else { return };
+    let none = Maps::default();
+    if actual.maps.is_none() {
+        ops.push(Op::LoadMaps);
+    }
+    let actual = actual.maps.as_ref().unwrap_or(&none);
+    ops.extend(news(&desired.homes, &actual.homes).map(|(to, home)| Op::SetEntry(Entry::Home(to, home))));
+    ops.extend(news(&desired.nodes, &actual.nodes).map(|(at, node)| Op::SetEntry(Entry::Node(at, node))));
+    for (prefix, members) in &desired.own {
+        let before = actual.own.get(prefix);
+        let grown = before.map_or_else(|| members.clone(), |before| before | members);
+        if before != Some(&grown) {
+            ops.push(Op::SetEntry(Entry::Own(*prefix, grown)));
+        }
+    }
+    ops.extend(news(&desired.remote, &actual.remote).map(|(to, remote)| Op::SetEntry(Entry::Remote(to, remote))));
+    if let Some(config) = desired.config.as_ref().filter(|config| actual.config.as_ref() != Some(config)) {
+        ops.push(Op::SetEntry(Entry::Config(config.clone())));
+    }
+}
+
+/// The entries of `desired` that `actual` lacks or has otherwise.
+fn news<'a, K: Ord + Copy, V: PartialEq + Copy>(
+    desired: &'a BTreeMap<K, V>,
+    actual: &'a BTreeMap<K, V>,
+) -> impl Iterator<Item = (K, V)> + 'a {
+    desired.iter().filter(|(key, value)| actual.get(key) != Some(value)).map(|(key, value)| (*key, *value))
+}
+
+/// After the AllowedIPs have shrunk: what a tunnel still delivers is still known.
+fn break_entries(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+    // Without wanted maps they go as a whole.
+    let (Some(desired), Some(actual)) = (&desired.maps, &actual.maps) else { return };
+    let gone = |key: Key| Op::DelEntry(key);
+    if desired.config.is_none() && actual.config.is_some() {
+        ops.push(gone(Key::Config));
+    }
+    ops.extend(actual.remote.keys().filter(|to| !desired.remote.contains_key(to)).map(|to| gone(Key::Remote(*to))));
+    for (prefix, before) in &actual.own {
+        match desired.own.get(prefix) {
+            None => ops.push(gone(Key::Own(*prefix))),
+            Some(members) if !before.is_subset(members) => ops.push(Op::NarrowOwn(*prefix, members.clone())),
+            Some(_) => {}
+        }
+    }
+    ops.extend(actual.homes.keys().filter(|to| !desired.homes.contains_key(to)).map(|to| gone(Key::Home(*to))));
+    ops.extend(actual.nodes.keys().filter(|at| !desired.nodes.contains_key(at)).map(|at| gone(Key::Node(*at))));
+}
+
+/// With a link goes what is attached to it.
+fn break_links(desired: &State, actual: &State, ops: &mut Vec<Op>) {
+    let ours = actual.links.keys().copied();
+    let ours = ours.chain(actual.wireguard.keys().map(|device| Interface::WireGuard(*device)));
+    let ours = ours.chain(actual.hop.iter().map(|_| Interface::Hop));
+    let stale: BTreeSet<Interface> = ours.filter(|interface| !desired.links.contains_key(interface)).collect();
+    let with_link = |link: &str| Interface::from_link(link).is_some_and(|interface| stale.contains(&interface));
+    let detached = actual.programs.difference(&desired.programs).filter(|attachment| !with_link(&attachment.link));
+    ops.extend(detached.cloned().map(Op::Detach));
+    ops.extend(stale.iter().map(|interface| Op::DelLink(*interface)));
 }
 
 fn make_peers(desired: &State, actual: &State, ops: &mut Vec<Op>) {
@@ -117,9 +197,13 @@ fn break_peers(desired: &State, actual: &State, ops: &mut Vec<Op>) {
 }
 
 /// What permits all that either permits.
-fn union(a: Option<&Nft>, b: Option<&Nft>) -> Option<Nft> {
-    match (a, b) {
-        (Some(a), Some(b)) => Some(Nft { keep_source: &a.keep_source | &b.keep_source, admit: &a.admit | &b.admit }),
+fn union(wanted: Option<&Nft>, b: Option<&Nft>) -> Option<Nft> {
+    match (wanted, b) {
+        (Some(wanted), Some(b)) => Some(Nft {
+            keep_source: &wanted.keep_source | &b.keep_source,
+            nodes: &wanted.nodes | &b.nodes,
+            ..wanted.clone()
+        }),
         (one, other) => one.or(other).cloned(),
     }
 }

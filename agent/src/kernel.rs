@@ -26,7 +26,7 @@ use ipnetwork::IpNetwork;
 use self::rtnl::Rtnl;
 use crate::{
     keys::{PresharedKey, PrivateKey, PskId, PublicKey},
-    names::{Device, Table},
+    names::{Device, Interface, Table},
     reconcile::{Kernel, Layer, Pair, ReadError, Reading},
     state::{self, Family, Link, Nft, Op, Peer, Route, Rule},
 };
@@ -124,7 +124,7 @@ impl<W: WireGuard> Linux<W> {
 
     async fn read_links_and_routes(&mut self, reading: &mut Reading) {
         // A route names its device by index: without the links no route can be told.
-        let (links, devices) = match link::read(&self.rtnl).await {
+        let (links, hop) = match link::read(&self.rtnl).await {
             Ok(found) => found,
             Err(error) => {
                 let routes =
@@ -137,7 +137,7 @@ impl<W: WireGuard> Linux<W> {
             }
         };
         reading.state.links = links;
-        reading.state.routes = keep(reading, Layer::Route, route::read(&self.rtnl, &devices).await);
+        reading.state.routes = keep(reading, Layer::Route, route::read(&self.rtnl, hop).await);
         let others = reading.state.routes.iter().filter(|(_, route)| **route == Route::Other);
         self.crowded = others.map(|(place, _)| *place).collect();
     }
@@ -157,12 +157,13 @@ impl<W: WireGuard> Linux<W> {
     }
 
     /// Repairs a link without losing the routes through it.
-    async fn set_link(&mut self, device: Device, link: &Link) -> io::Result<()> {
-        let index = link::index(&self.rtnl, device).await?;
-        let routes = route::read(&self.rtnl, &BTreeMap::from([(index, device)])).await?;
-        if link::set(&self.rtnl, device, link).await? && link.up {
+    async fn set_link(&mut self, interface: Interface, link: &Link) -> io::Result<()> {
+        let index = link::index(&self.rtnl, interface).await?;
+        let hop = (interface == Interface::Hop).then_some(index);
+        let routes = if hop.is_some() { route::read(&self.rtnl, hop).await? } else { route::Routes::new() };
+        if link::set(&self.rtnl, interface, link).await? && link.up {
             for ((table, to), route) in routes {
-                if matches!(route, Route::Dev { .. }) {
+                if matches!(route, Route::Hop { .. }) {
                     route::set(&self.rtnl, (table, to), &route, index, false).await?;
                 }
             }
@@ -171,15 +172,16 @@ impl<W: WireGuard> Linux<W> {
     }
 
     /// The link goes even where nobody holds the device any more: a persistent TUN outlives its tunnel.
-    async fn delete_device(&mut self, device: Device) -> io::Result<()> {
+    async fn delete_link(&mut self, interface: Interface) -> io::Result<()> {
+        let Interface::WireGuard(device) = interface else { return link::delete(&self.rtnl, interface).await };
         let let_go = self.wireguard.del_device(device).await;
-        link::delete(&self.rtnl, device).await?;
+        link::delete(&self.rtnl, interface).await?;
         let_go.map_err(|error| io::Error::new(error.kind(), format!("{device} is deleted, but not let go of: {error}")))
     }
 
     async fn set_route(&mut self, table: Table, to: IpNetwork, route: &Route) -> io::Result<()> {
         let index = match route {
-            Route::Dev { device, .. } => link::index(&self.rtnl, *device).await?,
+            Route::Hop { .. } => link::index(&self.rtnl, Interface::Hop).await?,
             _ => 0,
         };
         route::set(&self.rtnl, (table, to), route, index, self.crowded.contains(&(table, to))).await?;
@@ -225,7 +227,7 @@ impl<W: WireGuard> Kernel for Linux<W> {
     async fn apply(&mut self, op: &Op) -> io::Result<()> {
         match op {
             Op::SetDevice { device, wireguard } => self.set_device(*device, wireguard).await,
-            Op::SetLink { device, link } => self.set_link(*device, link).await,
+            Op::SetLink { interface, link } => self.set_link(*interface, link).await,
             Op::SetPeer { device, key, peer, gained } => self.set_peer(*device, key, peer, gained).await,
             Op::GrowNft(nft) => self.set_nft(Some(nft)).await,
             Op::AddRule(rule) => rule::add(&self.rtnl, *rule).await,
@@ -235,7 +237,17 @@ impl<W: WireGuard> Kernel for Linux<W> {
             Op::ShrinkNft(nft) => self.set_nft(nft.as_ref()).await,
             Op::DropAllowedIps { device, key, lost } => self.wireguard.drop_allowed_ips(*device, key, lost).await,
             Op::RemovePeer { device, key } => self.wireguard.remove_peer(*device, key).await,
-            Op::DelDevice { device } => self.delete_device(*device).await,
+            Op::DelLink(interface) => self.delete_link(*interface).await,
+            Op::SetHop(_)
+            | Op::LoadMaps
+            | Op::SetEntry(_)
+            | Op::Attach(_)
+            | Op::AddOverlay(_)
+            | Op::DelEntry(_)
+            | Op::NarrowOwn(..)
+            | Op::DelOverlay(_)
+            | Op::Detach(_)
+            | Op::UnloadMaps => Err(io::Error::from(io::ErrorKind::Unsupported)),
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     facts::Facts,
     intent::{Gateway, Host, Intent, Kind, Member, Reason, Rejection},
     keys::PublicKey,
-    names::{Device, MemberName, Table},
+    names::{Device, Interface, MemberName, Table},
     state::{Family, Link, Nft, Peer, Route, Rule, State, WireGuard},
 };
 
@@ -70,7 +70,7 @@ fn join(state: &mut State, intent: &Intent, facts: &Facts, me: Myself<'_>, rejec
     for device in state.peers.keys().map(|(device, _)| *device).collect::<BTreeSet<_>>() {
         let port = facts.base_port + u16::from(device.0.get());
         state.wireguard.insert(device, WireGuard { key: me.gateway.key, port });
-        state.links.insert(device, Link::ours(device_mtu(facts.underlay_mtu)));
+        state.links.insert(Interface::WireGuard(device), Link::ours(device_mtu(facts.underlay_mtu)));
     }
     for (name, member) in intent.others() {
         open_ranges(state, intent, facts, me, (name, member));
@@ -165,10 +165,10 @@ fn open_ranges(
 ) {
     let sources = Family::ALL.map(|family| (family, own_source(me.member, name, family, &facts.addresses)));
     for prefix in member.offered_to(&intent.me) {
-        if let Some(device) = Device::all().find(|device| state.allowed_ips.contains_key(&(*device, prefix))) {
+        if Device::all().any(|device| state.allowed_ips.contains_key(&(device, prefix))) {
             let source =
                 sources.iter().find(|(family, _)| *family == Family::of(&prefix)).and_then(|(_, source)| *source);
-            state.routes.insert((Table::Remote, prefix), Route::Dev { device, source });
+            state.routes.insert((Table::Remote, prefix), Route::Hop { mtu: None, source });
         }
     }
 }
@@ -217,7 +217,6 @@ fn packet_rules(intent: &Intent, me: Myself<'_>, left_out: impl Fn(&MemberName) 
         for remote in widest(member.offered_to(&intent.me)) {
             for own in own.iter().copied().filter(|own| own.is_ipv4() == remote.is_ipv4()) {
                 nft.keep_source.extend([(own, remote), (remote, own)]);
-                nft.admit.insert((remote, own));
             }
         }
     }

@@ -30,6 +30,11 @@ pub enum Layer {
     Route,
     Rule,
     Nft,
+    Address,
+    /// The pinned maps.
+    Maps,
+    /// What is attached where.
+    Programs,
 }
 
 impl fmt::Display for Layer {
@@ -40,6 +45,9 @@ impl fmt::Display for Layer {
             Layer::Route => "routes",
             Layer::Rule => "rules",
             Layer::Nft => "nftables",
+            Layer::Address => "addresses",
+            Layer::Maps => "BPF maps",
+            Layer::Programs => "BPF programs",
         })
     }
 }
@@ -48,13 +56,16 @@ impl Op {
     /// Where the operation has its effect.
     pub fn layer(&self) -> Layer {
         match self {
-            Op::SetLink { .. } | Op::DelDevice { .. } => Layer::Link,
+            Op::SetHop(_) | Op::SetLink { .. } | Op::DelLink(_) => Layer::Link,
             Op::SetDevice { .. } | Op::SetPeer { .. } | Op::DropAllowedIps { .. } | Op::RemovePeer { .. } => {
                 Layer::WireGuard
             }
             Op::SetRoute { .. } | Op::DelRoute { .. } => Layer::Route,
             Op::AddRule(_) | Op::DelRule(_) => Layer::Rule,
             Op::GrowNft(_) | Op::ShrinkNft(_) => Layer::Nft,
+            Op::AddOverlay(_) | Op::DelOverlay(_) => Layer::Address,
+            Op::LoadMaps | Op::SetEntry(_) | Op::NarrowOwn(..) | Op::DelEntry(_) | Op::UnloadMaps => Layer::Maps,
+            Op::Attach(_) | Op::Detach(_) => Layer::Programs,
         }
     }
 }

@@ -17,7 +17,7 @@ use netlink_packet_route::{
 };
 
 use super::rtnl::{Rtnl, absent_is_done};
-use crate::{names::Device, state::Link};
+use crate::{names::Interface, state::Link};
 
 // include/uapi/linux/if_link.h, include/uapi/linux/ip.h
 const IFLA_INET_CONF: u16 = 1;
@@ -32,33 +32,33 @@ struct Seen {
     ipv6: bool,
 }
 
-/// Our links, and their indexes.
-pub(super) async fn read(rtnl: &Rtnl) -> io::Result<(BTreeMap<Device, Link>, BTreeMap<u32, Device>)> {
+/// Our links, and the index of `carrick-hop`.
+pub(super) async fn read(rtnl: &Rtnl) -> io::Result<(BTreeMap<Interface, Link>, Option<u32>)> {
     let mut seen = BTreeMap::new();
-    for device in Device::all() {
-        if let Some(found) = find(rtnl, device).await? {
-            seen.insert(device, found);
+    for interface in Interface::all() {
+        if let Some(found) = find(rtnl, interface).await? {
+            seen.insert(interface, found);
         }
     }
     // Nodes with IPVS carry thousands of addresses: not read for nothing.
     let addresses = if seen.is_empty() { Vec::new() } else { addresses(rtnl).await? };
-    let indexes = seen.iter().map(|(device, seen)| (seen.index, *device)).collect();
-    let links = seen.into_iter().map(|(device, mut seen)| {
+    let hop = seen.get(&Interface::Hop).map(|seen| seen.index);
+    let links = seen.into_iter().map(|(interface, mut seen)| {
         seen.link.bare &= !addresses.iter().any(|address| address.header.index == seen.index);
-        (device, seen.link)
+        (interface, seen.link)
     });
-    Ok((links.collect(), indexes))
+    Ok((links.collect(), hop))
 }
 
 /// The index of an existing link.
-pub(super) async fn index(rtnl: &Rtnl, device: Device) -> io::Result<u32> {
-    existing(rtnl, device).await.map(|seen| seen.index)
+pub(super) async fn index(rtnl: &Rtnl, interface: Interface) -> io::Result<u32> {
+    existing(rtnl, interface).await.map(|seen| seen.index)
 }
 
 /// Gives the link its MTU and switches, takes every address from it, and only then its up or down. Returns whether there
 /// were addresses: with the last IPv4 address the kernel flushes the link's IPv4 routes (`fib_inetaddr_event`).
-pub(super) async fn set(rtnl: &Rtnl, device: Device, link: &Link) -> io::Result<bool> {
-    let seen = existing(rtnl, device).await?;
+pub(super) async fn set(rtnl: &Rtnl, interface: Interface, link: &Link) -> io::Result<bool> {
+    let seen = existing(rtnl, interface).await?;
     let mut families = vec![AfSpecUnspec::Inet(vec![devconf(&[
         (IPV4_DEVCONF_FORWARDING, link.forwarding.into()),
         (IPV4_DEVCONF_RP_FILTER, link.rp_filter.into()),
@@ -87,8 +87,8 @@ pub(super) async fn set(rtnl: &Rtnl, device: Device, link: &Link) -> io::Result<
 }
 
 /// Deletes the link if it exists.
-pub(super) async fn delete(rtnl: &Rtnl, device: Device) -> io::Result<()> {
-    let Some(seen) = find(rtnl, device).await? else { return Ok(()) };
+pub(super) async fn delete(rtnl: &Rtnl, interface: Interface) -> io::Result<()> {
+    let Some(seen) = find(rtnl, interface).await? else { return Ok(()) };
     let mut message = LinkMessage::default();
     message.header.index = seen.index;
     absent_is_done(rtnl.change(RouteNetlinkMessage::DelLink(message), 0).await)
@@ -118,14 +118,14 @@ async fn get(rtnl: &Rtnl, mut message: LinkMessage) -> io::Result<Option<LinkMes
     })
 }
 
-async fn existing(rtnl: &Rtnl, device: Device) -> io::Result<Seen> {
+async fn existing(rtnl: &Rtnl, interface: Interface) -> io::Result<Seen> {
     let missing =
-        || io::Error::new(io::ErrorKind::NotFound, format!("{device} does not exist: is the tunnel running?"));
-    find(rtnl, device).await?.ok_or_else(missing)
+        || io::Error::new(io::ErrorKind::NotFound, format!("{interface} does not exist: is the tunnel running?"));
+    find(rtnl, interface).await?.ok_or_else(missing)
 }
 
-async fn find(rtnl: &Rtnl, device: Device) -> io::Result<Option<Seen>> {
-    let name = device.to_string();
+async fn find(rtnl: &Rtnl, interface: Interface) -> io::Result<Option<Seen>> {
+    let name = interface.to_string();
     let mut message = LinkMessage::default();
     message.attributes = vec![LinkAttribute::IfName(name.clone())];
     // The kernel also finds a foreign link that bears our name as its alternative name.

@@ -168,7 +168,7 @@ pub fn render(nft: &Nft) -> String {
     let mut text = blank_slate().to_owned();
     text.push_str("table inet carrick {\n");
     for family in &FAMILIES {
-        let (keep, admit) = (family.select(&nft.keep_source), family.select(&nft.admit));
+        let (keep, admit) = (family.select(&nft.keep_source), Pairs::new());
         let address = family.address;
         for (set, pairs) in [(family.keep, disjoint(&keep)), (family.admit, disjoint(&admit))] {
             let elements = pairs.iter().map(|(a, b)| format!("{a} . {b}"));
@@ -238,7 +238,7 @@ fn contents(elements: &BTreeMap<String, Vec<Value>>) -> Option<Nft> {
     for family in &FAMILIES {
         for (used, wanted, pairs) in [
             (family.keep, family.keep_wanted, &mut nft.keep_source),
-            (family.admit, family.admit_wanted, &mut nft.admit),
+            (family.admit, family.admit_wanted, &mut Pairs::new()),
         ] {
             let wanted = elements.get(wanted).unwrap_or(&none).iter().map(wanted_pair).collect::<Option<Pairs>>()?;
             let used = elements.get(used).unwrap_or(&none).iter().map(used_pair).collect::<Option<Pairs>>()?;
