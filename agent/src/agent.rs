@@ -31,7 +31,7 @@ use crate::{
     source::{self, Snapshot},
     state::Route,
     status::{PeerStatus, RouteStatus, Status, connected},
-    status_socket,
+    status_socket::{self, Request},
     survey::{Keys, Survey, View, survey},
     tunnel::client::Client,
 };
@@ -104,7 +104,11 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
             event = events.next(), if Instant::now() >= agent.quiet_until => cause_of(event),
             () = tunnel.changed() => Cause::Kernel,
             changed = resolved.changed() => { changed.expect("the agent holds the resolver"); Cause::Facts }
-            Some(sender) = asked.recv() => { reply = Some(sender); Cause::Resync }
+            Some((request, sender)) = asked.recv() => {
+                agent.asked(request);
+                reply = Some(sender);
+                Cause::Resync
+            }
             () = sleep_until(agent.next_pass.into()) => Cause::Resync,
         };
         if matches!(cause, Cause::Kernel | Cause::Facts) {
@@ -160,6 +164,8 @@ struct Agent {
     quiet_until: Instant,
     /// What was last said, so that it is said once.
     told: BTreeSet<String>,
+    /// Somebody wants this gateway drained.
+    drain: bool,
 }
 
 impl Agent {
@@ -183,7 +189,16 @@ impl Agent {
             contested: 0,
             quiet_until: now,
             told: BTreeSet::new(),
+            drain: false,
         })
+    }
+
+    fn asked(&mut self, request: Request) {
+        match request {
+            Request::Status => {}
+            Request::Drain => self.drain = true,
+            Request::Undrain => self.drain = false,
+        }
     }
 
     async fn pass(&mut self, cause: Cause, followed: source::Followed, resolved: &Resolved) -> Status {
