@@ -20,6 +20,7 @@ use crate::{
     dial::Dialer,
     kernel::{
         self, Linux, Secrets,
+        bpf::Bpf,
         events::{self, Event},
         facts,
     },
@@ -53,6 +54,8 @@ pub enum AgentError {
     Privileges(#[from] kernel::Unprivileged),
     #[error("cannot open netlink sockets")]
     Netlink(#[source] std::io::Error),
+    #[error("the BPF programs in this binary are broken")]
+    Bpf(#[source] std::io::Error),
     #[error("cannot serve {}", path.display())]
     Socket { path: PathBuf, source: std::io::Error },
 }
@@ -170,7 +173,8 @@ struct Agent {
 
 impl Agent {
     fn new(args: args::Node, client: Client, resolver: Resolver) -> Result<Agent, AgentError> {
-        let kernel = Linux::new(client, Secrets::default()).map_err(AgentError::Netlink)?;
+        let bpf = Bpf::new(&args.backend.bpffs, &args.backend.run_dir).map_err(AgentError::Bpf)?;
+        let kernel = Linux::new(client, Secrets::default(), bpf).map_err(AgentError::Netlink)?;
         let facts = facts::Reader::new().map_err(AgentError::Netlink)?;
         let now = Instant::now();
         Ok(Agent {

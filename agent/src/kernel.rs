@@ -3,6 +3,7 @@
 //! Invariant: what does not carry our marks (link names, tables, rule priority and table, the nft table) is neither
 //! reported nor changed.
 
+pub mod bpf;
 mod conntrack;
 pub mod events;
 pub mod facts;
@@ -24,12 +25,12 @@ use std::{
 
 use ipnetwork::IpNetwork;
 
-use self::rtnl::Rtnl;
+use self::{bpf::Bpf, rtnl::Rtnl};
 use crate::{
-    keys::{PresharedKey, PrivateKey, PskId, PublicKey},
+    keys::{HopId, HopMark, PresharedKey, PrivateKey, PskId, PublicKey},
     names::{Device, Interface, Table},
     reconcile::{Kernel, Layer, Pair, ReadError, Reading},
-    state::{self, Family, Link, Nft, Op, Peer, Route, Rule},
+    state::{self, Entry, Family, Link, Nft, Op, Peer, Route, Rule},
 };
 
 /// The private halves, looked up by what a [`State`](crate::state::State) may hold.
@@ -37,6 +38,7 @@ use crate::{
 pub struct Secrets {
     pub private: BTreeMap<PublicKey, PrivateKey>,
     pub preshared: BTreeMap<PskId, PresharedKey>,
+    pub hop: BTreeMap<HopId, HopMark>,
 }
 
 /// What a backend says of one WireGuard device.
@@ -92,6 +94,7 @@ pub struct Linux<W> {
     wireguard: W,
     secrets: Secrets,
     rtnl: Rtnl,
+    bpf: Bpf,
     /// Prefixes at which the last reading found a route that is none of ours: where to look closer when setting one.
     crowded: BTreeSet<(Table, IpNetwork)>,
     /// Connections are still masqueraded from before the nft table stood. Until they are forgotten it reads as missing, so
@@ -101,9 +104,15 @@ pub struct Linux<W> {
 
 impl<W: WireGuard> Linux<W> {
     /// Must be called on a tokio runtime, which drives the sockets.
-    pub fn new(wireguard: W, secrets: Secrets) -> io::Result<Linux<W>> {
+    pub fn new(wireguard: W, secrets: Secrets, bpf: Bpf) -> io::Result<Linux<W>> {
         let rtnl = Rtnl::new()?;
-        Ok(Linux { wireguard, secrets, rtnl, crowded: BTreeSet::new(), masqueraded: false })
+        Ok(Linux { wireguard, secrets, rtnl, bpf, crowded: BTreeSet::new(), masqueraded: false })
+    }
+
+    /// Whether every BPF program that was attached at the last pass still is. To be asked often: no event tells of one
+    /// that is detached.
+    pub async fn still_attached(&self) -> io::Result<bool> {
+        self.bpf.still_attached(&self.rtnl).await
     }
 
     /// Replaces the keys that later operations look up.
@@ -222,6 +231,10 @@ impl<W: WireGuard> Kernel for Linux<W> {
         reading.state.rules = keep(&mut reading, Layer::Rule, rule::read(&self.rtnl).await);
         let nft = blocking(|| Ok(nft::read()?)).await;
         reading.state.nft = keep(&mut reading, Layer::Nft, nft).filter(|_| !self.masqueraded);
+        let maps = self.bpf.read_maps(&self.secrets.hop);
+        reading.state.maps = keep(&mut reading, Layer::Maps, maps);
+        let programs = self.bpf.read_programs(&self.rtnl).await;
+        reading.state.programs = keep(&mut reading, Layer::Programs, programs);
         reading
     }
 
@@ -239,25 +252,25 @@ impl<W: WireGuard> Kernel for Linux<W> {
             Op::DropAllowedIps { device, key, lost } => self.wireguard.drop_allowed_ips(*device, key, lost).await,
             Op::RemovePeer { device, key } => self.wireguard.remove_peer(*device, key).await,
             Op::DelLink(interface) => self.delete_link(*interface).await,
+            Op::LoadMaps => self.bpf.load().await,
+            Op::SetEntry(entry) => self.bpf.set(entry, &self.secrets.hop),
+            Op::NarrowOwn(prefix, members) => self.bpf.set(&Entry::Own(*prefix, members.clone()), &self.secrets.hop),
+            Op::DelEntry(key) => self.bpf.delete(key),
+            Op::Attach(attachment) => self.bpf.attach(&self.rtnl, attachment).await,
+            Op::Detach(attachment) => self.bpf.detach(&self.rtnl, attachment).await,
+            Op::UnloadMaps => self.bpf.unload(&self.rtnl).await,
             Op::SetHop(_)
-            | Op::LoadMaps
-            | Op::SetEntry(_)
-            | Op::Attach(_)
             | Op::AddOverlay(_)
-            | Op::DelEntry(_)
-            | Op::NarrowOwn(..)
-            | Op::DelOverlay(_)
-            | Op::Detach(_)
-            | Op::UnloadMaps => Err(io::Error::from(io::ErrorKind::Unsupported)),
+            | Op::DelOverlay(_) => Err(io::Error::from(io::ErrorKind::Unsupported)),
         }
     }
 }
 
-/// What removes damage that a reading cannot express: a rule or an nft table of ours that somebody altered reads as
-/// missing. For leaving a node, after the diff; where there is nothing, each does nothing.
+/// What removes damage that a reading cannot express: a rule, an nft table or a pin of ours that somebody altered reads
+/// as missing. For leaving a node, after the diff; where there is nothing, each does nothing.
 pub fn sweep() -> Vec<Op> {
     let rules = Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Op::DelRule(Rule { family, table })));
-    rules.chain([Op::ShrinkNft(None)]).collect()
+    rules.chain([Op::ShrinkNft(None), Op::UnloadMaps]).collect()
 }
 
 /// Why this process cannot configure the network.
@@ -274,17 +287,28 @@ const CAP_NET_ADMIN: u32 = 12;
 
 /// Whether links, routes, rules and nftables may be changed at all.
 pub fn check_privileges() -> Result<(), Unprivileged> {
-    // Of the calling thread: a capability belongs to a thread.
-    let status = fs::read_to_string("/proc/thread-self/status").map_err(Unprivileged::Unknown)?;
+    let status = own_status().map_err(Unprivileged::Unknown)?;
     if has_net_admin(&status).map_err(Unprivileged::Unknown)? { Ok(()) } else { Err(Unprivileged::NetAdmin) }
 }
 
 fn has_net_admin(status: &str) -> io::Result<bool> {
+    Ok(parse_capabilities(status)? & (1 << CAP_NET_ADMIN) != 0)
+}
+
+/// The effective ones.
+fn capabilities() -> io::Result<u64> {
+    parse_capabilities(&own_status()?)
+}
+
+/// Of the calling thread: a capability belongs to a thread.
+fn own_status() -> io::Result<String> {
+    fs::read_to_string("/proc/thread-self/status")
+}
+
+fn parse_capabilities(status: &str) -> io::Result<u64> {
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let bits = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
-    let bits =
-        bits.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no CapEff in /proc/thread-self/status"))?;
-    Ok(bits & (1 << CAP_NET_ADMIN) != 0)
+    bits.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no CapEff in /proc/thread-self/status"))
 }
 
 /// The value, or the default with the layer marked as not read.

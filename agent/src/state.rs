@@ -99,6 +99,8 @@ pub enum Remote {
     Overlay(MemberId),
     /// An endpoint inside a range: not to be steered.
     Carved(MemberId),
+    /// Read, never wanted: what makes no sense to the programs.
+    Other,
 }
 
 /// Where one of this cluster's own prefixes lives.
@@ -157,6 +159,11 @@ impl Program {
 
     pub fn is_ingress(self) -> bool {
         matches!(self, Program::FromHop | Program::FromPeer)
+    }
+
+    /// Whether it must come before every other program at its hook.
+    pub fn must_be_first(self) -> bool {
+        self == Program::SteerNative
     }
 }
 
@@ -451,6 +458,7 @@ impl fmt::Display for Remote {
             Remote::Range(member) => write!(f, "member {member}"),
             Remote::Overlay(member) => write!(f, "overlay of member {member}"),
             Remote::Carved(member) => write!(f, "carved out of member {member}"),
+            Remote::Other => f.write_str("(nonsense)"),
         }
     }
 }

@@ -86,7 +86,7 @@ impl Keys {
 
     pub fn secrets(&self) -> Secrets {
         let preshared = self.keyring.preshared.values().filter_map(Preshared::key).map(|psk| (psk.id(), psk.clone()));
-        Secrets { private: self.keyring.private.clone(), preshared: preshared.collect() }
+        Secrets { private: self.keyring.private.clone(), preshared: preshared.collect(), hop: BTreeMap::new() }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::{
     args,
     dial::Dialer,
     diff::diff,
-    kernel::{Linux, facts},
+    kernel::{Linux, bpf::Bpf, facts},
     reconcile::{Kernel, waits},
     resolve::{Resolved, Resolver},
     source,
@@ -41,7 +41,8 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     keys.refresh(&args.node);
     let resolved = resolve(view.endpoint_names()).await;
     let client = Client::new(&args.node.backend.run_dir);
-    let mut kernel = Linux::new(client, keys.secrets()).context("cannot open netlink sockets")?;
+    let bpf = Bpf::new(&args.node.backend.bpffs, &args.node.backend.run_dir)?;
+    let mut kernel = Linux::new(client, keys.secrets(), bpf).context("cannot open netlink sockets")?;
     let reader = facts::Reader::new().context("cannot open netlink sockets")?;
     let node = reader.read().await.context("cannot read this node's links and addresses")?;
     let reading = kernel.read().await;
