@@ -365,9 +365,8 @@ mod tests {
 
         #[test]
         fn nothing_is_routed_to_a_hop_that_does_not_steer(desired in any_desired(), actual in any_state()) {
-            prop_assume!(steered(&actual) && steered(&desired));
             for state in steps(&diff(&desired, &actual), &actual) {
-                prop_assert!(steered(&state), "{state:#?}");
+                prop_assert!(!steered(&actual) || !steered(&desired) || steered(&state), "{state:#?}");
             }
         }
 

@@ -160,12 +160,14 @@ fn set_entry(maps: &mut Maps, entry: &Entry) {
 
 fn del_entry(maps: &mut Maps, key: Key) -> Option<()> {
     match key {
-        Key::Config => maps.config.take().map(drop),
-        Key::Remote(to) => maps.remote.remove(&to).map(drop),
-        Key::Own(prefix) => maps.own.remove(&prefix).map(drop),
-        Key::Home(to) => maps.homes.remove(&to).map(drop),
-        Key::Node(at) => maps.nodes.remove(&at).map(drop),
+        // An array has its one value always: it may be there and not read as one.
+        Key::Config => maps.config = None,
+        Key::Remote(to) => drop(maps.remote.remove(&to)?),
+        Key::Own(prefix) => drop(maps.own.remove(&prefix)?),
+        Key::Home(to) => drop(maps.homes.remove(&to)?),
+        Key::Node(at) => drop(maps.nodes.remove(&at)?),
     }
+    Some(())
 }
 
 /// A key that only tells peers apart.

@@ -356,7 +356,7 @@ mod tests {
         check("", "ip addr del fd42::1/128 dev lo", &[Ours]);
         check("", "ip addr add fd42::2/128 dev lo nodad", &[Facts]);
         let clsact = "for link in carrick-hop eth0 peer; do tc qdisc add dev $link clsact; done";
-        let filter = |link: &str| format!("tc filter add dev {link} ingress matchall action ok");
+        let filter = |link: &str| format!("tc filter add dev {link} ingress protocol all u32 match u32 0 0");
         check("", "tc qdisc add dev carrick-hop clsact", &[Ours]);
         check(clsact, &filter("carrick-hop"), &[Ours]);
         check(clsact, &filter("eth0"), &[Ours]);

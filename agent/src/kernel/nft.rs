@@ -489,24 +489,32 @@ mod tests {
             delete table inet carrick
             table inet carrick {
               set keep4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 10.42.0.0/16 . 10.44.0.0/16 }; }
-              set admit4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 10.44.0.0/16 . 10.42.0.0/16 }; }
               set keep4_wanted { type ipv4_addr . mark . ipv4_addr . mark; elements = { 10.42.0.0 . 16 . 10.44.0.0 . 16 }; }
-              set admit4_wanted { type ipv4_addr . mark . ipv4_addr . mark; elements = { 10.44.0.0 . 16 . 10.42.0.0 . 16 }; }
+              set nodes4 { type ipv4_addr; elements = { 10.0.0.2, 10.0.0.3 }; }
               set keep6 { type ipv6_addr . ipv6_addr; flags interval; }
-              set admit6 { type ipv6_addr . ipv6_addr; flags interval; elements = { fd44::/48 . fd42::1/128 }; }
               set keep6_wanted { type ipv6_addr . mark . ipv6_addr . mark; }
-              set admit6_wanted { type ipv6_addr . mark . ipv6_addr . mark; elements = { fd44:: . 48 . fd42::1 . 128 }; }
+              set nodes6 { type ipv6_addr; elements = { fd00::2 }; }
+              set native { type ifname; elements = { "eth0", "eth1.7" }; }
+              set hop_wanted { type inet_service . inet_service . inet_service; elements = { 27472 . 27456 . 27471 }; }
               chain keep_source {
                 type nat hook postrouting priority 99; policy accept;
                 ip saddr . ip daddr @keep4 snat ip to ip saddr comment "own to remote: the source stays"
                 ip6 saddr . ip6 daddr @keep6 snat ip6 to ip6 saddr comment "own to remote: the source stays"
               }
-              chain admit {
+              chain hop_in {
                 type filter hook prerouting priority -300; policy accept;
-                iifname != "carrick-wg*" accept comment "not out of a tunnel"
-                ip saddr . ip daddr @admit4 accept comment "offered"
-                ip6 saddr . ip6 daddr @admit6 accept comment "offered"
-                counter drop comment "never offered to its sender"
+                meta l4proto != udp accept
+                udp dport != 27472 accept
+                iifname != @native ip daddr @nodes4 udp dport 27472 counter drop comment "forwarded: forged"
+                iifname != @native ip6 daddr @nodes6 udp dport 27472 counter drop comment "forwarded: forged"
+                iifname != @native fib daddr type local udp dport 27472 counter drop comment "from here: forged"
+                ip saddr @nodes4 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
+                ip6 saddr @nodes6 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
+              }
+              chain hop_out {
+                type filter hook output priority -300; policy accept;
+                ip daddr @nodes4 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
+                ip6 daddr @nodes6 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
               }
             }
         "#]].assert_eq(&render(&nft));
