@@ -224,7 +224,7 @@ impl Agent {
         }
         self.keys.refresh(&self.args);
         self.kernel.set_secrets(self.keys.secrets());
-        let node = match self.facts.read().await {
+        let node = match self.facts.read(&BTreeSet::new()).await {
             Ok(node) => node,
             Err(error) => return self.unable(format!("cannot read this node's links and addresses: {error}")),
         };
