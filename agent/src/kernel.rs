@@ -10,7 +10,7 @@ pub mod facts;
 pub(crate) mod lease;
 mod link;
 pub mod nft;
-mod object;
+pub mod object;
 mod prefix;
 mod route;
 mod rtnl;
@@ -25,7 +25,10 @@ use std::{
 
 use ipnetwork::IpNetwork;
 
-use self::{bpf::Bpf, rtnl::Rtnl};
+use self::{
+    bpf::{Bpf, health::Health},
+    rtnl::Rtnl,
+};
 use crate::{
     keys::{HopId, HopMark, PresharedKey, PrivateKey, PskId, PublicKey},
     names::{Device, Interface, Table},
@@ -113,6 +116,16 @@ impl<W: WireGuard> Linux<W> {
     /// that is detached.
     pub async fn still_attached(&self) -> io::Result<bool> {
         self.bpf.still_attached(&self.rtnl).await
+    }
+
+    /// The maps of the prober and of status, as the last pass found or made them; `None`: there are none.
+    pub fn health(&self) -> io::Result<Option<Health>> {
+        self.bpf.health()
+    }
+
+    /// [`Health::generation`] of the maps that are pinned now.
+    pub fn health_generation(&self) -> io::Result<Option<u32>> {
+        self.bpf.generation()
     }
 
     /// Replaces the keys that later operations look up.
@@ -259,9 +272,7 @@ impl<W: WireGuard> Kernel for Linux<W> {
             Op::Attach(attachment) => self.bpf.attach(&self.rtnl, attachment).await,
             Op::Detach(attachment) => self.bpf.detach(&self.rtnl, attachment).await,
             Op::UnloadMaps => self.bpf.unload(&self.rtnl).await,
-            Op::SetHop(_)
-            | Op::AddOverlay(_)
-            | Op::DelOverlay(_) => Err(io::Error::from(io::ErrorKind::Unsupported)),
+            Op::SetHop(_) | Op::AddOverlay(_) | Op::DelOverlay(_) => Err(io::Error::from(io::ErrorKind::Unsupported)),
         }
     }
 }
