@@ -27,7 +27,10 @@ use std::{
 
 use ipnetwork::IpNetwork;
 
-use self::{bpf::Bpf, rtnl::Rtnl};
+use self::{
+    bpf::{Bpf, health::Health},
+    rtnl::Rtnl,
+};
 use crate::{
     keys::{HopId, HopMark, PresharedKey, PrivateKey, PskId, PublicKey},
     names::{Device, Interface, Table},
@@ -115,6 +118,16 @@ impl<W: WireGuard> Linux<W> {
     /// that is detached.
     pub async fn still_attached(&self) -> io::Result<bool> {
         self.bpf.still_attached(&self.rtnl).await
+    }
+
+    /// The maps of the prober and of status, as the last pass found or made them; `None`: there are none.
+    pub fn health(&self) -> io::Result<Option<Health>> {
+        self.bpf.health()
+    }
+
+    /// [`Health::generation`] of the maps that are pinned now.
+    pub fn health_generation(&self) -> io::Result<Option<u32>> {
+        self.bpf.generation()
     }
 
     /// Replaces the keys that later operations look up.

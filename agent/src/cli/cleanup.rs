@@ -22,7 +22,8 @@ pub(super) async fn run(args: args::Cleanup) -> anyhow::Result<bool> {
     kernel::check_privileges()?;
     let run_dir = &args.backend.run_dir;
     let bpf = Bpf::new(&args.backend.bpffs, run_dir).context("the BPF programs in this binary are broken")?;
-    let mut kernel = Linux::new(Client::new(run_dir), Secrets::default(), bpf).context("cannot open netlink sockets")?;
+    let mut kernel =
+        Linux::new(Client::new(run_dir), Secrets::default(), bpf).context("cannot open netlink sockets")?;
     if args.dry_run {
         operations(&mut kernel).await?.iter().for_each(|operation| println!("{operation}"));
         return Ok(true);

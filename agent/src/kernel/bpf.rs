@@ -25,6 +25,7 @@ use std::{
 
 use self::{
     codec::Local,
+    health::Health,
     load::{LoadError, Object},
     maps::Maps,
     pins::Pins,
@@ -115,6 +116,10 @@ impl Bpf {
 
     /// What the maps hold; `None`: they are not all pinned, or not as these programs need them.
     pub(super) fn read_maps(&mut self, marks: &BTreeMap<HopId, HopMark>) -> io::Result<Option<state::Maps>> {
+        self.open_maps(marks).map_err(load::explain)
+    }
+
+    fn open_maps(&mut self, marks: &BTreeMap<HopId, HopMark>) -> io::Result<Option<state::Maps>> {
         self.settled = Settled::NotYet;
         self.maps = None;
         if !self.pins.is_bpffs()? {
@@ -173,6 +178,15 @@ impl Bpf {
     fn maps(&self) -> io::Result<&Maps> {
         let missing = || io::Error::new(io::ErrorKind::NotFound, "the BPF maps are not loaded");
         self.maps.as_ref().ok_or_else(missing)
+    }
+
+    /// What the prober and status use; `None`: the maps are not loaded.
+    pub(super) fn health(&self) -> io::Result<Option<Health>> {
+        self.maps.as_ref().map(Health::of).transpose()
+    }
+
+    pub(super) fn generation(&self) -> io::Result<Option<u32>> {
+        self.maps.as_ref().map(Maps::generation).transpose()
     }
 
     pub(super) async fn attach(&mut self, rtnl: &Rtnl, attachment: &Attachment) -> io::Result<()> {

@@ -80,7 +80,8 @@ pub(super) async fn read(rtnl: &Rtnl, ifindex: u32, ingress: bool) -> io::Result
         _ => None,
     });
     // The list that holds the filters is told as well, with no handle.
-    let first = messages.filter(|message| message.header.info >> 16 == PRIORITY && u32::from(message.header.handle) != 0);
+    let first =
+        messages.filter(|message| message.header.info >> 16 == PRIORITY && u32::from(message.header.handle) != 0);
     Ok(Hook(first.map(|message| filter(&message)).collect()))
 }
 
@@ -158,13 +159,7 @@ async fn add_qdisc(rtnl: &Rtnl, ifindex: u32) -> io::Result<()> {
     added.or_else(|error| if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) })
 }
 
-async fn set(
-    rtnl: &Rtnl,
-    ifindex: u32,
-    (program, fd): (Program, &OwnedFd),
-    handle: u32,
-    how: u16,
-) -> io::Result<()> {
+async fn set(rtnl: &Rtnl, ifindex: u32, (program, fd): (Program, &OwnedFd), handle: u32, how: u16) -> io::Result<()> {
     let mut filter = message(ifindex, program.is_ingress(), handle)?;
     filter.header.info = PRIORITY << 16 | EVERY_PROTOCOL;
     let options = [

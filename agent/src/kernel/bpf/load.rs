@@ -41,7 +41,9 @@ pub(super) struct Object {
 pub(super) enum LoadError {
     #[error("{path} is no bpf filesystem: `mount -t bpf bpf {path}`, or mount the node's there with a hostPath volume")]
     NoBpffs { path: String },
-    #[error("no {missing}: run as root, or give the container `capabilities: {{add: [NET_ADMIN, BPF, PERFMON]}}` and user 0")]
+    #[error(
+        "no {missing}: run as root, or give the container `capabilities: {{add: [NET_ADMIN, BPF, PERFMON]}}` and user 0"
+    )]
     Unprivileged { missing: &'static str },
     #[error(transparent)]
     Misshapen(#[from] Misshapen),
@@ -177,6 +179,14 @@ fn save(path: &Path, text: &str) -> io::Result<()> {
     }
     forget(path)?;
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(text.as_bytes())
+}
+
+/// Says what is missing, where something is not permitted.
+pub(super) fn explain(error: io::Error) -> io::Error {
+    match check_capabilities() {
+        Err(missing) if error.kind() == io::ErrorKind::PermissionDenied => missing.into(),
+        _ => error,
+    }
 }
 
 /// What loading needs (include/linux/capability.h `bpf_capable`, `perfmon_capable`).

@@ -16,9 +16,8 @@ use super::{
 use crate::state::{self, Entry, Key};
 
 /// Every map that is pinned, by its name in the object. Others belong to one build of the programs, or to tests.
-pub(super) const NAMES: [&str; 11] = [
-    "REMOTE", "OWN", "HOMES", "NODES", "CONFIG", "HEALTH", "ANSWER", "TRAFFIC", "WAKE", "DROPS", "SENT",
-];
+pub(super) const NAMES: [&str; 11] =
+    ["REMOTE", "OWN", "HOMES", "NODES", "CONFIG", "HEALTH", "ANSWER", "TRAFFIC", "WAKE", "DROPS", "SENT"];
 
 /// What a map must be for programs and agent to mean the same by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +44,9 @@ impl fmt::Display for Shape {
 
 /// A pin among the maps that is not what these programs need.
 #[derive(Debug, thiserror::Error)]
-#[error("{path} is {found}, and not {wanted}, as these programs need it: `carrick cleanup` removes it, and the next start makes it anew")]
+#[error(
+    "{path} is {found}, and not {wanted}, as these programs need it: `carrick cleanup` removes it, and the next start makes it anew"
+)]
 pub(super) struct Misshapen {
     path: String,
     found: String,
@@ -93,6 +94,12 @@ impl Maps {
         (map.as_fd(), shape.max_entries)
     }
 
+    /// The newest map's id: another number where any map was made anew.
+    pub(super) fn generation(&self) -> io::Result<u32> {
+        let ids = self.0.values().map(|(map, _)| Ok(sys::map_info(map.as_fd())?.id));
+        Ok(ids.collect::<io::Result<Vec<u32>>>()?.into_iter().max().unwrap_or(0))
+    }
+
     fn fd(&self, name: &str) -> BorrowedFd<'_> {
         self.get(name).0
     }
@@ -125,29 +132,35 @@ impl Maps {
     }
 
     pub(super) fn set(&self, entry: &Entry, local: &Local) -> io::Result<()> {
-        let invalid = |problem: String| io::Error::new(io::ErrorKind::InvalidInput, problem);
-        if let Entry::Config(config) = entry {
-            // The likely trouble first: it has a better message.
-            codec::encode_config(config, local).map_err(|lacks| {
-                io::Error::new(io::ErrorKind::NotFound, format!("this node does not have the {lacks}"))
-            })?;
+        let invalid = || {
+            let problem = format!("{entry:?} cannot be said to the programs");
+            io::Error::new(io::ErrorKind::InvalidInput, problem)
+        };
+        if !codec::is_expressible(entry) {
+            return Err(invalid());
         }
-        if !codec::is_expressible(entry, local) {
-            return Err(invalid(format!("{entry:?} cannot be said to the programs")));
-        }
-        match entry {
+        let written = match entry {
             Entry::Config(config) => {
-                let bytes = codec::encode_config(config, local).map_err(invalid)?;
+                let bytes = codec::encode_config(config, local).map_err(super::super::missing)?;
+                if codec::decode_config(&bytes, local).as_ref() != Some(config) {
+                    return Err(invalid());
+                }
                 sys::update(self.fd("CONFIG"), &0_u32, &bytes)
             }
             Entry::Remote(to, value) => {
-                let bytes = codec::encode_remote(*value).ok_or_else(|| invalid(value.to_string()))?;
+                let bytes = codec::encode_remote(*value).ok_or_else(invalid)?;
                 sys::update(self.fd("REMOTE"), &codec::prefix(to), &bytes)
             }
             Entry::Own(to, members) => sys::update(self.fd("OWN"), &codec::prefix(to), &codec::encode_offered(members)),
             Entry::Home(to, home) => sys::update(self.fd("HOMES"), &codec::prefix(to), &codec::encode_home(*home)),
             Entry::Node(at, node) => sys::update(self.fd("NODES"), &codec::address(*at), &codec::encode_node(*node)),
-        }
+        };
+        written.map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::E2BIG) => {
+                io::Error::new(io::ErrorKind::StorageFull, "the map is full: this mesh is larger than is supported")
+            }
+            _ => error,
+        })
     }
 
     pub(super) fn delete(&self, key: &Key) -> io::Result<()> {

@@ -14,6 +14,7 @@ use std::{
         unix::ffi::OsStrExt,
     },
     path::Path,
+    time::Duration,
 };
 
 use aya::Pod;
@@ -347,6 +348,17 @@ pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     bpf(LINK_UPDATE, &mut update).map(|_| ())
 }
 
+/// CLOCK_MONOTONIC, the clock of the programs: it stands still while the machine sleeps.
+pub(super) fn monotonic() -> io::Result<Duration> {
+    // SAFETY: a struct of integers, for which zeros are valid.
+    let mut now: libc::timespec = unsafe { zeroed() };
+    // SAFETY: `now` lives through the call.
+    if unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0)))
+}
+
 /// The index of the link of that very name (an alternative name does not count); `None`: there is none.
 pub(super) fn index_of(name: &str) -> io::Result<Option<u32>> {
     let index = match nix::net::if_::if_nametoindex(name) {
@@ -395,4 +407,39 @@ pub(super) fn mac_of(name: &str) -> io::Result<Option<[u8; 6]>> {
         *to = from.cast_unsigned();
     }
     Ok(Some(mac))
+}
+
+/// The ids of the maps that a program uses.
+#[cfg(test)]
+pub(super) fn program_maps(program: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
+    /// `struct bpf_prog_info` up to its maps.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Maps {
+        head: [u32; 4],
+        code_lengths: [u32; 2],
+        code: [u64; 3],
+        user: u32,
+        count: u32,
+        ids: u64,
+    }
+    let mut ids = [0_u32; 64];
+    let mut maps = Maps { count: 64, ids: ids.as_mut_ptr() as u64, ..Maps::default() };
+    let length = u32::try_from(size_of::<Maps>()).expect("a small struct");
+    let at = std::ptr::from_mut(&mut maps) as u64;
+    bpf(OBJ_GET_INFO_BY_FD, &mut Info { fd: number(program), length, info: at })?;
+    let count = usize::try_from(maps.count).unwrap_or(0).min(ids.len());
+    Ok(ids[..count].to_vec())
+}
+
+/// Leaves this thread no other capabilities.
+#[cfg(test)]
+pub(super) fn set_capabilities(bits: u64) -> io::Result<()> {
+    // _LINUX_CAPABILITY_VERSION_3; effective, permitted and inheritable, the low words and then the high ones.
+    let mut header = [0x2008_0522_u32, 0];
+    let (low, high) = ((bits & 0xffff_ffff) as u32, (bits >> 32) as u32);
+    let mut data = [low, low, 0, high, high, 0];
+    // SAFETY: the sizes are those of that version, and both live through the call.
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), data.as_mut_ptr()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
