@@ -206,7 +206,7 @@ impl Agent {
         let (_, view) = self.view.as_ref().expect("set above");
         self.keys.refresh(&self.args, &view.intent);
         self.kernel.set_secrets(self.keys.secrets());
-        let node = match self.facts.read().await {
+        let node = match self.facts.read(&BTreeSet::new()).await {
             Ok(node) => node,
             Err(error) => return self.unable(format!("cannot read this node's links and addresses: {error}")),
         };
