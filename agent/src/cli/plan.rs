@@ -38,7 +38,7 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     let snapshot = source::read_once(&args.node.config_dirs)?;
     let view = View::new(&snapshot, &args.node);
     let mut keys = Keys::default();
-    keys.refresh(&args.node);
+    keys.refresh(&args.node, &view.intent);
     let resolved = resolve(view.endpoint_names()).await;
     let client = Client::new(&args.node.backend.run_dir);
     let bpf = Bpf::new(&args.node.backend.bpffs, &args.node.backend.run_dir)?;
