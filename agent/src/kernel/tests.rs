@@ -7,6 +7,7 @@ use std::{
     future::Future,
     io::{self, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -19,6 +20,7 @@ use rtnetlink::MulticastGroup;
 
 use super::{
     Linux, Secrets, WgDevice, WireGuard,
+    bpf::Bpf,
     events::{Event, Watch},
     has_net_admin,
     prefix::around,
@@ -103,9 +105,11 @@ fn private(device: Device) -> PrivateKey {
     PrivateKey::new([device.0.get() + 1; 32])
 }
 
+/// Without a bpffs: maps and programs have tests of their own.
 fn linux() -> Linux<Husks> {
     let private = Device::all().map(private).map(|key| (key.public(), key)).collect();
-    Linux::new(Husks::default(), Secrets { private, preshared: BTreeMap::new() }).unwrap()
+    let bpf = Bpf::new(Path::new("/nonexistent/bpf"), Path::new("/nonexistent/run")).unwrap();
+    Linux::new(Husks::default(), Secrets { private, ..Secrets::default() }, bpf).unwrap()
 }
 
 /// A reading without failures.
