@@ -97,7 +97,7 @@ impl Keys {
 
     pub fn secrets(&self) -> Secrets {
         let preshared = self.keyring.preshared.values().filter_map(Preshared::key).map(|psk| (psk.id(), psk.clone()));
-        Secrets { private: self.keyring.private.clone(), preshared: preshared.collect(), hop: BTreeMap::new() }
+        Secrets { private: self.keyring.private.clone(), preshared: preshared.collect(), hop: self.hop_marks().iter().map(|mark| (mark.id(), *mark)).collect() }
     }
 
     /// What the hop secrets are to packets; the first sends.
@@ -161,7 +161,7 @@ pub fn survey(
         underlay_mtu: node.underlay_mtu,
         ipv6: !node.conditions.contains(&Condition::Ipv6Off),
         addresses: node.addresses.clone(),
-        native: BTreeMap::new(),
+        native: node.native.iter().map(|(name, native)| (name.clone(), native.mtu)).collect(),
         mtus: BTreeMap::new(),
         overlay: Overlay::new(&args.mesh_domain),
         ports,
