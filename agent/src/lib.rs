@@ -17,6 +17,7 @@ pub mod names;
 pub mod api;
 pub mod dial;
 pub mod facts;
+pub mod health;
 pub mod intent;
 pub mod keyring;
 pub mod overlay;
@@ -32,6 +33,7 @@ pub mod kernel;
 pub mod tunnel;
 
 pub mod agent;
+pub mod probe;
 pub mod run_dir;
 pub mod status;
 pub mod status_socket;

@@ -19,7 +19,7 @@ use crate::{
     },
     keyring::{KeyProblem, Keyring, Preshared, Wanted},
     keys::{HopId, HopMark, HopSecret, PresharedKey, PublicKey},
-    names::{Device, NodeName, Table},
+    names::{Device, MemberName, NodeName, Table},
     overlay::Overlay,
     plan::plan,
     reconcile::Reading,
@@ -46,6 +46,12 @@ impl View {
         rejected.extend(refused_here);
         let problems = snapshot.problems.iter().map(ToString::to_string).collect();
         View { intent, rejected, complete: snapshot.complete, problems }
+    }
+
+    /// The addresses by which the cluster knows this node.
+    pub fn internal_addresses(&self, args: &args::Node) -> BTreeSet<IpAddr> {
+        let cluster = self.intent.cluster.as_ref();
+        cluster.and_then(|cluster| cluster.nodes.get(&node_name(args))).map(|node| node.hop.clone()).unwrap_or_default()
     }
 
     /// The names that somebody has to resolve.
@@ -97,7 +103,11 @@ impl Keys {
 
     pub fn secrets(&self) -> Secrets {
         let preshared = self.keyring.preshared.values().filter_map(Preshared::key).map(|psk| (psk.id(), psk.clone()));
-        Secrets { private: self.keyring.private.clone(), preshared: preshared.collect(), hop: self.hop_marks().iter().map(|mark| (mark.id(), *mark)).collect() }
+        Secrets {
+            private: self.keyring.private.clone(),
+            preshared: preshared.collect(),
+            hop: self.hop_marks().iter().map(|mark| (mark.id(), *mark)).collect(),
+        }
     }
 
     /// What the hop secrets are to packets; the first sends.
@@ -129,16 +139,25 @@ pub struct Survey {
     pub again: Option<Duration>,
 }
 
+/// What was found out around the folder and the keys.
+#[derive(Debug)]
+pub struct Found<'a> {
+    pub node: &'a Node,
+    pub resolved: &'a Resolved,
+    pub reading: &'a Reading,
+    /// Path MTUs, as probes have found.
+    pub mtus: BTreeMap<MemberName, u16>,
+}
+
 /// Puts together what a pass is planned from. `now` is the dialer's clock.
 pub fn survey(
     view: &View,
     keys: &Keys,
-    node: &Node,
-    resolved: &Resolved,
-    reading: &Reading,
+    found: Found<'_>,
     args: &args::Node,
     (dialer, now): (&mut Dialer, Duration),
 ) -> Survey {
+    let Found { node, resolved, reading, mtus } = found;
     let ports = Ports {
         wireguard: args.backend.wireguard_port,
         hop: args.backend.hop_port,
@@ -162,7 +181,7 @@ pub fn survey(
         ipv6: !node.conditions.contains(&Condition::Ipv6Off),
         addresses: node.addresses.clone(),
         native: node.native.iter().map(|(name, native)| (name.clone(), native.mtu)).collect(),
-        mtus: BTreeMap::new(),
+        mtus,
         overlay: Overlay::new(&args.mesh_domain),
         ports,
     };

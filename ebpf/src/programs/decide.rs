@@ -3,7 +3,7 @@
 //! Invariant: a decision changes neither packet nor skb; besides its [`Verdict`] it only notes that a member has traffic.
 
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
-use ebpf::{Config, IDLE_NS, NO_SLOT, Reason, Remote, SLOTS, TRAFFIC_NS, choose, flow, probe, remote};
+use ebpf::{Config, IDLE_NS, NO_SLOT, Reason, Remote, SLOTS, TRAFFIC_NS, choose, flow, probe, remote, sent};
 
 use super::{
     maps::{self, NONE, Words, words},
@@ -175,14 +175,15 @@ pub fn from_peer(skb: Skb, config: &Config, l2: u32) -> Decision {
         return Err(Reason::NotOffered);
     }
     let Some(home) = maps::home(&packet.destination) else { return Err(Reason::NoHome) };
+    let wire = packet.on_wire(skb);
     if home == NONE || packet.ttl <= 1 {
-        return Ok(Verdict::of(Kind::Inject, 0));
+        return Ok(Verdict::of(Kind::Inject, 0).counted(sent::FROM_PEERS, wire));
     }
     let limit = u32::from(config.hop_mtu);
-    if packet.on_wire(skb).largest > limit {
+    if wire.largest > limit {
         return Ok(Verdict::of(Kind::TooBig, limit));
     }
-    Ok(Verdict::node(home).as_hop(true))
+    Ok(Verdict::node(home).as_hop(true).counted(sent::FROM_PEERS, wire))
 }
 
 /// Which gateways may carry a packet on.
@@ -211,11 +212,12 @@ fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, hops: Hops
     if config.slot != NO_SLOT
         && let Some(slot) = chosen(packet, reach.links)
     {
-        return Ok(device(config, slot)?.as_hop(hop).counted(u32::from(SLOTS) + u32::from(slot), wire));
+        let first = if hop { sent::FOR_NODES } else { sent::DEVICE };
+        return Ok(device(config, slot)?.as_hop(hop).counted(first + u32::from(slot), wire));
     }
     let own = if config.slot < SLOTS { 1 << config.slot } else { 0 };
     match chosen(packet, reach.via & !own) {
-        Some(slot) if hops == Hops::Any => Ok(gateway(config, slot)?.counted(u32::from(slot), wire)),
+        Some(slot) if hops == Hops::Any => Ok(gateway(config, slot)?.counted(sent::HOP + u32::from(slot), wire)),
         _ => Err(Reason::NoGateway),
     }
 }
