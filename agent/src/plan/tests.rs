@@ -374,9 +374,9 @@ fn an_endpoint_inside_a_remote_range_is_carved_out() {
         bpf map set home 10.42.0.0/16 here
         bpf map set home fd77:8bad:2517:1::1/128 here
         bpf map set own 10.42.0.0/16 offered to { 2, 3 }
-        bpf map set remote 10.44.0.0/16 member 2
         bpf map set remote 10.44.7.7/32 carved out of member 2
         bpf map set remote 10.44.9.9/32 carved out of member 2
+        bpf map set remote 10.44.0.0/16 member 2
         bpf map set remote 10.45.0.0/16 member 3
         bpf map set remote fd77:8bad:2517:1::/64 overlay of member 1
         bpf map set remote fd77:8bad:2517:2::/64 overlay of member 2
