@@ -194,7 +194,8 @@ pub const TRAFFIC_NS: u64 = 500_000_000;
 /// After so long without traffic the next packet is told in `WAKE`.
 pub const IDLE_NS: u64 = 4_000_000_000;
 
-/// Value of `SENT`, per CPU: indexes 0 to 7 by own slot over the hop, 8 to 15 by WireGuard device.
+/// Value of `SENT`, per CPU: indexes 0 to 7 by own slot over the hop, 8 to 15 by WireGuard device. Steered traffic alone:
+/// neither probes nor what comes out of a tunnel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
@@ -214,7 +215,7 @@ pub struct TestKey {
 }
 
 /// Value of `TEST_SEEN`, which only the object for test runs has: what the last run decided. A test run shows neither a
-/// redirect's device nor a tunnel key. The agent zeroes it before.
+/// redirect's device nor a tunnel key. The test zeroes it before.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TestSeen {
