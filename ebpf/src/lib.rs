@@ -209,7 +209,7 @@ pub mod sent {
     pub const LEN: u32 = FROM_PEERS + 1;
 }
 
-/// Value of `SENT`.
+/// Value of `SENT`: probes are not counted.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
@@ -229,7 +229,7 @@ pub struct TestKey {
 }
 
 /// Value of `TEST_SEEN`, which only the object for test runs has: what the last run decided. A test run shows neither a
-/// redirect's device nor a tunnel key. The agent zeroes it before.
+/// redirect's device nor a tunnel key. The test zeroes it before.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TestSeen {
