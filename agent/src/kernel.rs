@@ -1,12 +1,14 @@
 //! The one thin layer of effects: reads what is ours from the kernel, and applies one [`Op`] at a time.
 //!
-//! Invariant: what does not carry our marks (link names, tables, rule priority and table, the nft table) is neither
-//! reported nor changed.
+//! Invariant: what does not carry our marks (link names, tables, rule priority and table, the nft table, the protocol of
+//! an address) is neither reported nor changed.
 
+mod address;
 pub mod bpf;
 mod conntrack;
 pub mod events;
 pub mod facts;
+mod hop;
 pub(crate) mod lease;
 mod link;
 pub mod nft;
@@ -146,21 +148,18 @@ impl<W: WireGuard> Linux<W> {
     }
 
     async fn read_links_and_routes(&mut self, reading: &mut Reading) {
-        // A route names its device by index: without the links no route can be told.
-        let (links, hop) = match link::read(&self.rtnl).await {
+        let addresses = match link::addresses(&self.rtnl).await {
             Ok(found) => found,
-            Err(error) => {
-                let routes =
-                    io::Error::new(error.kind(), "the links could not be read, by which routes are understood");
-                reading.failed.extend([
-                    ReadError { layer: Layer::Link, source: error },
-                    ReadError { layer: Layer::Route, source: routes },
-                ]);
-                return;
-            }
+            Err(error) => return unreadable(reading, Layer::Address, &[Layer::Link, Layer::Route], error),
         };
-        reading.state.links = links;
-        reading.state.routes = keep(reading, Layer::Route, route::read(&self.rtnl, hop).await);
+        reading.state.overlay = address::overlay(&addresses);
+        let links = match link::read(&self.rtnl, &addresses).await {
+            Ok(found) => found,
+            Err(error) => return unreadable(reading, Layer::Link, &[Layer::Route], error),
+        };
+        (reading.state.links, reading.state.hop) = (links.links, links.hop);
+        // A route names its device by index.
+        reading.state.routes = keep(reading, Layer::Route, route::read(&self.rtnl, links.hop_index).await);
         let others = reading.state.routes.iter().filter(|(_, route)| **route == Route::Other);
         self.crowded = others.map(|(place, _)| *place).collect();
     }
@@ -265,6 +264,9 @@ impl<W: WireGuard> Kernel for Linux<W> {
             Op::DropAllowedIps { device, key, lost } => self.wireguard.drop_allowed_ips(*device, key, lost).await,
             Op::RemovePeer { device, key } => self.wireguard.remove_peer(*device, key).await,
             Op::DelLink(interface) => self.delete_link(*interface).await,
+            Op::SetHop(wanted) => hop::set(&self.rtnl, wanted).await,
+            Op::AddOverlay(address) => address::add(&self.rtnl, *address).await,
+            Op::DelOverlay(address) => address::delete(&self.rtnl, *address).await,
             Op::LoadMaps => self.bpf.load().await,
             Op::SetEntry(entry) => self.bpf.set(entry, &self.secrets.hop),
             Op::NarrowOwn(prefix, members) => self.bpf.set(&Entry::Own(*prefix, members.clone()), &self.secrets.hop),
@@ -272,7 +274,6 @@ impl<W: WireGuard> Kernel for Linux<W> {
             Op::Attach(attachment) => self.bpf.attach(&self.rtnl, attachment).await,
             Op::Detach(attachment) => self.bpf.detach(&self.rtnl, attachment).await,
             Op::UnloadMaps => self.bpf.unload(&self.rtnl).await,
-            Op::SetHop(_) | Op::AddOverlay(_) | Op::DelOverlay(_) => Err(io::Error::from(io::ErrorKind::Unsupported)),
         }
     }
 }
@@ -328,6 +329,16 @@ fn keep<T: Default>(reading: &mut Reading, layer: Layer, result: io::Result<T>) 
         reading.failed.push(ReadError { layer, source });
         T::default()
     })
+}
+
+/// Marks a layer as not read, and those that are understood by it.
+fn unreadable(reading: &mut Reading, layer: Layer, others: &[Layer], source: io::Error) {
+    for other in others {
+        let source =
+            io::Error::new(source.kind(), format!("the {layer} could not be read, by which these are understood"));
+        reading.failed.push(ReadError { layer: *other, source });
+    }
+    reading.failed.push(ReadError { layer, source });
 }
 
 fn missing(what: String) -> io::Error {

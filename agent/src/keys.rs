@@ -169,6 +169,15 @@ pub struct HopMark {
 pub struct HopId([u8; 8]);
 
 impl HopSecret {
+    pub fn new(bytes: [u8; 32]) -> HopSecret {
+        HopSecret(bytes)
+    }
+
+    /// For writing to a file that only its owner reads.
+    pub fn to_base64(&self) -> Zeroizing<String> {
+        Zeroizing::new(STANDARD.encode(self.0))
+    }
+
     /// The same on every node that has the secret: h = SHA-256 of a label and it; VNI = h\[0..3\], MAC = h\[3..9\].
     pub fn mark(&self) -> HopMark {
         let h = Sha256::new().chain_update(b"carrick hop 1\0").chain_update(self.0).finalize();

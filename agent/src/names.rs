@@ -164,6 +164,15 @@ impl NodeName {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The text in lower case, with a '-' for whatever no name can have; `localhost` if nothing remains.
+    pub fn nearest(text: &str) -> NodeName {
+        let lower = text.to_ascii_lowercase();
+        let plain = lower.replace(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit() && c != '.', "-");
+        let parts = plain.split('.').map(|part| part.trim_matches('-')).filter(|part| !part.is_empty());
+        let name = parts.collect::<Vec<_>>().join(".");
+        name.parse().unwrap_or_else(|NotASubdomain| NodeName("localhost".to_owned()))
+    }
 }
 
 impl fmt::Display for NodeName {

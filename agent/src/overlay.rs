@@ -22,6 +22,13 @@ impl Overlay {
         Overlay([hash[0], hash[1], hash[2], hash[3], hash[4]])
     }
 
+    /// The /48 of all members.
+    pub fn whole(self) -> IpNetwork {
+        let [a, b, c, d, e] = self.0;
+        let first = Ipv6Addr::from([0xfd, a, b, c, d, e, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        IpNetwork::V6(Ipv6Network::new(first, 48).expect("48 is a length"))
+    }
+
     /// A member's /64, in fd00::/8 (RFC 4193).
     pub fn prefix(self, member: MemberId) -> IpNetwork {
         let network = Ipv6Network::new(self.address(member, [0; 8]), 64);
@@ -67,6 +74,11 @@ mod tests {
         let node = "worker-1.example".parse().expect("a node name");
         let told =
             format!("{}\n{}\n{}\n", overlay.prefix(member), overlay.slot(member, slot), overlay.node(member, &node));
-        expect![""].assert_eq(&told);
+        expect![[r#"
+            fd77:8bad:2517:102::/64
+            fd77:8bad:2517:102::8
+            fd77:8bad:2517:102:eca5:b1:2d02:220c
+        "#]]
+        .assert_eq(&told);
     }
 }

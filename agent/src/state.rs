@@ -38,7 +38,7 @@ pub struct State {
     pub overlay: BTreeSet<Ipv6Addr>,
     /// What the BPF programs look up; `None`: our maps are not pinned.
     pub maps: Option<Maps>,
-    /// Where our programs, of this build, are attached and come first.
+    /// Where our programs, of this build and with the pinned maps, are attached and come first. Without maps, nowhere.
     pub programs: BTreeSet<Attachment>,
 }
 
@@ -289,6 +289,8 @@ pub struct Nft {
     pub hop_port: u16,
     /// First and last source port of the hop.
     pub hop_sources: (u16, u16),
+    /// Names of the native devices: what comes in by any other is forwarded or a pod's, and none of the hop's.
+    pub native: BTreeSet<String>,
 }
 
 /// One step from the state that is to the state that is wanted. `Display` is what an operator would type.
@@ -443,6 +445,7 @@ impl fmt::Display for Nft {
         write!(f, "keep_source {{ {} }}", pairs(&self.keep_source))?;
         if self.hop_port > 0 {
             write!(f, " hop {} nodes {{ {} }}", self.hop_port, list(&self.nodes))?;
+            write!(f, " native {{ {} }}", list(&self.native))?;
         }
         Ok(())
     }
@@ -533,12 +536,13 @@ impl fmt::Display for Op {
                 write!(f, "wg set {device} listen-port {port} private-key <of {key}>")
             }
             Op::SetHop(Hop { port, sources: (first, last) }) => {
-                write!(f, "ip link add {HOP} type vxlan external dstport {port} srcport {first} {last} nolearning")
+                write!(f, "ip link add {HOP} arp off type vxlan external dstport {port} srcport {first} {last} ")?;
+                f.write_str("nolearning udp6zerocsumrx")
             }
             Op::LoadMaps => f.write_str("bpf maps load"),
             Op::SetEntry(entry) => write!(f, "bpf map set {entry}"),
             Op::Attach(attachment) => write!(f, "bpf attach {attachment}"),
-            Op::AddOverlay(address) => write!(f, "ip address add {address}/128 dev lo"),
+            Op::AddOverlay(address) => write!(f, "ip address add {address}/128 dev lo preferred_lft 0"),
             Op::SetLink { interface, link } => {
                 let state = if link.up { "up" } else { "down" };
                 write!(f, "ip link set {interface} mtu {} addrgenmode none {state}", link.mtu)

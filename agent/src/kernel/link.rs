@@ -1,4 +1,4 @@
-//! Our links, as netlink shows them: `carrick-wg0` to `carrick-wg7`, found by name.
+//! Our links, as netlink shows them: `carrick-hop` and `carrick-wg0` to `carrick-wg7`, found by name.
 //!
 //! Invariant: no link of ours is ever up with an address generation mode that would give it one. The IPv4 switches of a
 //! link are set over netlink (`IFLA_AF_SPEC/AF_INET/IFLA_INET_CONF`, net/ipv4/devinet.c `inet_set_link_af`), which needs
@@ -16,38 +16,50 @@ use netlink_packet_route::{
     },
 };
 
-use super::rtnl::{Rtnl, absent_is_done};
-use crate::{names::Interface, state::Link};
+use super::{
+    hop,
+    rtnl::{Rtnl, absent_is_done},
+};
+use crate::{
+    names::Interface,
+    state::{Hop, Link},
+};
 
 // include/uapi/linux/if_link.h, include/uapi/linux/ip.h
 const IFLA_INET_CONF: u16 = 1;
 const IPV4_DEVCONF_FORWARDING: u16 = 1;
 const IPV4_DEVCONF_RP_FILTER: u16 = 8;
 
+/// Our links, in one reading.
+#[derive(Debug, Default)]
+pub(super) struct Links {
+    pub(super) links: BTreeMap<Interface, Link>,
+    pub(super) hop: Option<Hop>,
+    /// Of what is named `carrick-hop`, whatever it is.
+    pub(super) hop_index: Option<u32>,
+}
+
 /// What a link message says of a link.
 struct Seen {
     index: u32,
     link: Link,
+    hop: Option<Hop>,
     /// Whether it takes part in IPv6 at all; if not, it has no address generation mode to set.
     ipv6: bool,
 }
 
-/// Our links, and the index of `carrick-hop`.
-pub(super) async fn read(rtnl: &Rtnl) -> io::Result<(BTreeMap<Interface, Link>, Option<u32>)> {
-    let mut seen = BTreeMap::new();
+/// Our links. `addresses` are those of the node.
+pub(super) async fn read(rtnl: &Rtnl, addresses: &[AddressMessage]) -> io::Result<Links> {
+    let mut found = Links::default();
     for interface in Interface::all() {
-        if let Some(found) = find(rtnl, interface).await? {
-            seen.insert(interface, found);
-        }
-    }
-    // Nodes with IPVS carry thousands of addresses: not read for nothing.
-    let addresses = if seen.is_empty() { Vec::new() } else { addresses(rtnl).await? };
-    let hop = seen.get(&Interface::Hop).map(|seen| seen.index);
-    let links = seen.into_iter().map(|(interface, mut seen)| {
+        let Some(mut seen) = find(rtnl, interface).await? else { continue };
         seen.link.bare &= !addresses.iter().any(|address| address.header.index == seen.index);
-        (interface, seen.link)
-    });
-    Ok((links.collect(), hop))
+        if interface == Interface::Hop {
+            (found.hop, found.hop_index) = (seen.hop, Some(seen.index));
+        }
+        found.links.insert(interface, seen.link);
+    }
+    Ok(found)
 }
 
 /// The index of an existing link.
@@ -119,8 +131,8 @@ async fn get(rtnl: &Rtnl, mut message: LinkMessage) -> io::Result<Option<LinkMes
 }
 
 async fn existing(rtnl: &Rtnl, interface: Interface) -> io::Result<Seen> {
-    let missing =
-        || io::Error::new(io::ErrorKind::NotFound, format!("{interface} does not exist: is the tunnel running?"));
+    let hint = if interface == Interface::Hop { "" } else { ": is the tunnel running?" };
+    let missing = || io::Error::new(io::ErrorKind::NotFound, format!("{interface} does not exist{hint}"));
     find(rtnl, interface).await?.ok_or_else(missing)
 }
 
@@ -167,7 +179,7 @@ fn seen(message: &LinkMessage) -> Seen {
             _ => {}
         }
     }
-    Seen { index: message.header.index, link, ipv6 }
+    Seen { index: message.header.index, link, hop: hop::decode(message), ipv6 }
 }
 
 /// `IFLA_INET_CONF` as a request: nested attributes, one per switch. The library's own form leaves out zeros, which would
