@@ -79,9 +79,6 @@ pub struct Backend {
     /// The folder of sockets and locks.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     pub run_dir: PathBuf,
-    /// The BPF filesystem in which maps and programs outlive the agent.
-    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf")]
-    pub bpffs: PathBuf,
     /// Which WireGuard carries the tunnels: `userspace` is `carrick tunnel`.
     #[arg(long, value_enum, default_value_t = WireGuard::Auto)]
     pub wireguard: WireGuard,
