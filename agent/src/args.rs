@@ -91,7 +91,7 @@ pub struct Backend {
     /// UDP port of probes between overlay addresses; the same on every node of every member.
     #[arg(long, value_name = "PORT", default_value_t = 27455, value_parser = clap::value_parser!(u16).range(1..))]
     pub probe_port: u16,
-    /// The mounted BPF file system, under which the programs and maps are pinned.
+    /// The BPF filesystem in which maps and programs outlive the agent.
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf")]
     pub bpffs: PathBuf,
 }
