@@ -103,11 +103,8 @@ impl Keys {
 
     pub fn secrets(&self) -> Secrets {
         let preshared = self.keyring.preshared.values().filter_map(Preshared::key).map(|psk| (psk.id(), psk.clone()));
-        Secrets {
-            private: self.keyring.private.clone(),
-            preshared: preshared.collect(),
-            hop: self.hop_marks().iter().map(|mark| (mark.id(), *mark)).collect(),
-        }
+        let hop = self.hop_marks().into_iter().map(|mark| (mark.id(), mark)).collect();
+        Secrets { private: self.keyring.private.clone(), preshared: preshared.collect(), hop }
     }
 
     /// What the hop secrets are to packets; the first sends.

@@ -329,21 +329,25 @@ fn stands_at_tcx(attachment: &Attachment, standing: Standing) -> io::Result<bool
 
 async fn stands_at_clsact(rtnl: &Rtnl, attachment: &Attachment, standing: Standing) -> io::Result<bool> {
     let hook = clsact::read(rtnl, standing.ifindex, attachment.program.is_ingress()).await?;
-    let right = |(filter, first): (&clsact::Filter, bool)| {
-        filter.program == standing.id && (first || !attachment.program.must_be_first())
-    };
-    Ok(hook.ours(attachment.program).is_some_and(right))
+    Ok(stands_in(&hook, attachment.program, standing.id))
+}
+
+fn stands_in(hook: &clsact::Hook, program: Program, id: u32) -> bool {
+    let right = |(filter, first): (&clsact::Filter, bool)| filter.program == id && (first || !program.must_be_first());
+    hook.ours(program).is_some_and(right)
 }
 
 async fn read_clsact(rtnl: &Rtnl, ids: &BTreeMap<Program, u32>) -> io::Result<BTreeMap<Attachment, Standing>> {
     let mut found = BTreeMap::new();
     for ifindex in clsact::devices(rtnl).await? {
         let Some(link) = sys::name_of(ifindex)? else { continue };
-        for (program, id) in ids {
-            let attachment = Attachment { program: *program, link: link.clone() };
-            let standing = Standing { ifindex, id: *id };
-            if stands_at_clsact(rtnl, &attachment, standing).await? {
-                found.insert(attachment, standing);
+        for ingress in [false, true] {
+            let hook = clsact::read(rtnl, ifindex, ingress).await?;
+            for (program, id) in ids.iter().filter(|(program, _)| program.is_ingress() == ingress) {
+                if stands_in(&hook, *program, *id) {
+                    let attachment = Attachment { program: *program, link: link.clone() };
+                    found.insert(attachment, Standing { ifindex, id: *id });
+                }
             }
         }
     }

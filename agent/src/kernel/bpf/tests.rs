@@ -25,9 +25,9 @@ use proptest::{
     test_runner::{Config as Cases, TestRunner},
 };
 
-use super::{super::object::OBJECT, *};
+use super::*;
 use crate::{
-    kernel::tests::sh,
+    kernel::{object::OBJECT, tests::sh},
     keys::HopSecret,
     names::{MemberId, Ordinal},
     scratch::Scratch,
@@ -299,7 +299,7 @@ fn any_content_is_read_as_it_was_written() {
 /// Whatever bytes somebody has put there: one pass later the maps hold what is wanted, and the second writes nothing.
 #[test]
 fn nonsense_in_the_maps_is_repaired() {
-    let bytes = |most| vec((any_prefix(), any::<[u8; 4]>(), any::<u16>()), 0..most);
+    let nonsense = vec((any_prefix(), any::<[u8; 4]>(), any::<u16>()), 0..20);
     on_node(|place| async move {
         let mut bpf = place.bpf();
         bpf.load().await.unwrap();
@@ -331,7 +331,7 @@ fn nonsense_in_the_maps_is_repaired() {
             prop_assert_eq!(after, wanted);
             Ok(())
         };
-        runner.run(&(any_maps(), bytes(20)), law).unwrap();
+        runner.run(&(any_maps(), nonsense), law).unwrap();
     });
 }
 
