@@ -22,6 +22,9 @@ pub mod keyring;
 pub mod resolve;
 pub mod source;
 
+pub mod health;
+pub mod probe;
+
 pub mod diff;
 pub mod plan;
 pub mod reconcile;
