@@ -15,6 +15,7 @@ use std::{
     io::{self, BufReader, Read},
     net::{Ipv6Addr, SocketAddr, SocketAddrV6},
     os::fd::{BorrowedFd, OwnedFd},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -102,7 +103,7 @@ pub async fn run(
                 if changed.is_err() {
                     return Ok(());
                 }
-                prober.wanted = wanted.borrow_and_update().clone();
+                prober.wanted = wanted.borrow_and_update().clone().map(Arc::new);
                 prober.changed = true;
             }
             () = readable(prober.socket.as_ref()) => {}
@@ -134,7 +135,7 @@ async fn woken(wakes: &AsyncFd<OwnedFd>) {
 
 struct Prober {
     port: u16,
-    wanted: Option<Wanted>,
+    wanted: Option<Arc<Wanted>>,
     /// Whether `wanted` is news.
     changed: bool,
     /// Only once the maps have been read, and somebody to probe is known.
@@ -203,7 +204,7 @@ impl Prober {
             self.look = now + LOOK;
             return;
         };
-        if now >= self.resync && (self.health.is_some() || self.changed || retry) {
+        if now >= self.resync && (retry || !self.problems.contains_key(&Effect::Read)) {
             self.read(now, maps);
         }
         self.receive(now);
