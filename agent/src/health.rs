@@ -17,9 +17,9 @@
 
 mod drain;
 mod pulse;
-#[cfg(test)]
-mod sim;
 mod size;
+#[cfg(test)]
+mod tests;
 mod verdict;
 
 use std::{

@@ -4,8 +4,6 @@
 //! hold and has been told whom to probe, so a restart changes nothing. No failure ends it: what cannot be sent is lost
 //! like anything else on a network, and what cannot be written is tried again.
 
-#![allow(unsafe_code)]
-
 mod socket;
 #[cfg(test)]
 mod tests;
@@ -17,16 +15,12 @@ use std::{
     io::{self, BufReader, Read},
     net::{Ipv6Addr, SocketAddr, SocketAddrV6},
     os::fd::{BorrowedFd, OwnedFd},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use ebpf::{Answer, Reach};
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    net::UdpSocket,
-    sync::watch,
-    time::sleep_until,
-};
+use tokio::{io::unix::AsyncFd, net::UdpSocket, sync::watch, time::sleep_until};
 use tracing::{info, warn};
 
 use crate::{
@@ -99,9 +93,7 @@ pub async fn run(
     mut wanted: watch::Receiver<Option<Wanted>>,
     reports: watch::Sender<Option<Report>>,
 ) -> io::Result<()> {
-    let ring = maps.wake_fd().try_clone_to_owned()?;
-    // SAFETY: an `OwnedFd` is always the same open descriptor, for as long as it lives.
-    let wakes = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }.map_err(io::Error::from)?;
+    let wakes = socket::watch(maps.wake_fd().try_clone_to_owned()?)?;
     let started = Instant::now();
     let mut prober = Prober::new(port)?;
     wanted.mark_changed();
@@ -111,7 +103,7 @@ pub async fn run(
                 if changed.is_err() {
                     return Ok(());
                 }
-                prober.wanted = wanted.borrow_and_update().clone();
+                prober.wanted = wanted.borrow_and_update().clone().map(Arc::new);
                 prober.changed = true;
             }
             () = readable(prober.socket.as_ref()) => {}
@@ -143,7 +135,7 @@ async fn woken(wakes: &AsyncFd<OwnedFd>) {
 
 struct Prober {
     port: u16,
-    wanted: Option<Wanted>,
+    wanted: Option<Arc<Wanted>>,
     /// Whether `wanted` is news.
     changed: bool,
     /// Only once the maps have been read, and somebody to probe is known.
@@ -212,7 +204,7 @@ impl Prober {
             self.look = now + LOOK;
             return;
         };
-        if now >= self.resync && (self.health.is_some() || self.changed || retry) {
+        if now >= self.resync && (retry || !self.problems.contains_key(&Effect::Read)) {
             self.read(now, maps);
         }
         self.receive(now);

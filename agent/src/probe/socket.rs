@@ -1,4 +1,6 @@
-//! The socket that probes leave by and answers come to.
+//! The descriptors of the prober: the socket that probes leave by and answers come to, and the ring that wakes it.
+
+#![allow(unsafe_code)]
 
 use std::{
     io,
@@ -7,7 +9,10 @@ use std::{
 };
 
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn6, sockopt};
-use tokio::net::UdpSocket;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    net::UdpSocket,
+};
 
 /// Bytes of answers that may wait while the prober is busy; the kernel gives at most net.core.rmem_max.
 const BUFFER: usize = 1 << 20;
@@ -38,4 +43,10 @@ fn never_fragment(fd: &OwnedFd) -> io::Result<()> {
         )
     };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Waits for a descriptor to be readable.
+pub(super) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is always the same open descriptor, for as long as it lives.
+    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(io::Error::from)
 }

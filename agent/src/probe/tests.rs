@@ -1,6 +1,8 @@
 //! The prober on real sockets, each test in a network namespace of its own. They need root. The maps are a model; the
 //! other side answers in place, as the programs do.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{
     collections::VecDeque,
     fs::File,

@@ -2,6 +2,8 @@
 //!
 //! Time is simulated: each node's prober comes exactly when it asked to, unless the test stops it.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::VecDeque;
 
 use proptest::{collection::vec, prelude::*};
@@ -131,21 +133,17 @@ impl Sim {
                 tunnel_mtu: TUNNEL_MTU,
             };
             let adopted = Adopted { reach: BTreeMap::new(), answer: NO_ANSWER };
-            let node_ = Node {
-                health: Health::new(sim.now, adopted),
-                targets,
-                stopped: Duration::ZERO,
-                asks: Vec::new(),
-                history: Vec::new(),
-            };
-            sim.nodes.insert(node, node_);
+            let (health, stopped) = (Health::new(sim.now, adopted), Duration::ZERO);
+            sim.nodes.insert(node, Node { health, targets, stopped, asks: Vec::new(), history: Vec::new() });
             sim.plan(node);
         }
         for n in 0..gateways {
             sim.says.insert(own(n), saying(HOP_MTU, false, &ids));
         }
         for id in ids {
-            (0..slots).for_each(|n| drop(sim.says.insert(remote(id, n), saying(HOP_MTU, false, &[]))));
+            for n in 0..slots {
+                sim.says.insert(remote(id, n), saying(HOP_MTU, false, &[]));
+            }
         }
         sim
     }
