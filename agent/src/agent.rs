@@ -31,7 +31,7 @@ use crate::{
     source::{self, Snapshot},
     state::Remote,
     status::{PeerStatus, RouteStatus, Status, connected},
-    status_socket,
+    status_socket::{self, Request},
     survey::{Keys, Survey, View, node_name, survey},
     tunnel::client::Client,
 };
@@ -104,7 +104,11 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
             event = events.next(), if Instant::now() >= agent.quiet_until => cause_of(event),
             () = tunnel.changed() => Cause::Kernel,
             changed = resolved.changed() => { changed.expect("the agent holds the resolver"); Cause::Facts }
-            Some(sender) = asked.recv() => { reply = Some(sender); Cause::Resync }
+            Some((request, sender)) = asked.recv() => {
+                agent.asked(request);
+                reply = Some(sender);
+                Cause::Resync
+            }
             () = sleep_until(agent.next_pass.into()) => Cause::Resync,
         };
         if matches!(cause, Cause::Kernel | Cause::Facts) {
@@ -160,6 +164,8 @@ struct Agent {
     quiet_until: Instant,
     /// What was last said, so that it is said once.
     told: BTreeSet<String>,
+    /// Somebody wants this gateway drained.
+    drain: bool,
 }
 
 impl Agent {
@@ -183,7 +189,16 @@ impl Agent {
             contested: 0,
             quiet_until: now,
             told: BTreeSet::new(),
+            drain: false,
         })
+    }
+
+    fn asked(&mut self, request: Request) {
+        match request {
+            Request::Status => {}
+            Request::Drain => self.drain = true,
+            Request::Undrain => self.drain = false,
+        }
     }
 
     async fn pass(&mut self, cause: Cause, followed: source::Followed, resolved: &Resolved) -> Status {
@@ -205,8 +220,9 @@ impl Agent {
         }
         let (_, view) = self.view.as_ref().expect("set above");
         self.keys.refresh(&self.args, &view.intent);
+        let internal = view.intent.addresses_of(&node_name(&self.args));
         self.kernel.set_secrets(self.keys.secrets());
-        let node = match self.facts.read(&BTreeSet::new()).await {
+        let node = match self.facts.read(&internal).await {
             Ok(node) => node,
             Err(error) => return self.unable(format!("cannot read this node's links and addresses: {error}")),
         };

@@ -32,6 +32,9 @@ pub enum Command {
     Tunnel(Tunnel),
     /// Shows what this node's agent knows: peers, routes, refusals, problems. Exit code 1 if it is not ready.
     Status(Status),
+    /// Makes this gateway ready to be stopped: everybody sends elsewhere, and nothing is lost. Exit code 0 once nobody has
+    /// sent for 2 s; 1 if somebody still does after 30 s. It lasts until the agent restarts, or `--undo`.
+    Drain(Drain),
     /// Prints the operations that the agent would perform now, as `ip` and `wg` would do them, and performs none.
     Plan(Plan),
     /// Makes and shows this node's WireGuard keys.
@@ -130,6 +133,16 @@ pub struct Status {
     pub run_dir: PathBuf,
     #[command(flatten)]
     pub output: Output,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Drain {
+    /// The folder of the agent's socket.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    pub run_dir: PathBuf,
+    /// Ends the draining.
+    #[arg(long)]
+    pub undo: bool,
 }
 
 #[derive(Clone, Debug, ClapArgs)]

@@ -11,6 +11,7 @@ mod hop;
 pub(crate) mod lease;
 mod link;
 pub mod nft;
+pub mod object;
 mod prefix;
 mod route;
 mod rtnl;

@@ -161,7 +161,7 @@ pub fn survey(
         underlay_mtu: node.underlay_mtu,
         ipv6: !node.conditions.contains(&Condition::Ipv6Off),
         addresses: node.addresses.clone(),
-        native: BTreeMap::new(),
+        native: node.native.iter().map(|(name, native)| (name.clone(), native.mtu)).collect(),
         mtus: BTreeMap::new(),
         overlay: Overlay::new(&args.mesh_domain),
         ports,

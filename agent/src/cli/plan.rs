@@ -16,7 +16,7 @@ use crate::{
     resolve::{Resolved, Resolver},
     source,
     state::Op,
-    survey::{Keys, View, survey},
+    survey::{Keys, View, node_name, survey},
     tunnel::client::Client,
 };
 
@@ -43,7 +43,8 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     let client = Client::new(&args.node.backend.run_dir);
     let mut kernel = Linux::new(client, keys.secrets()).context("cannot open netlink sockets")?;
     let reader = facts::Reader::new().context("cannot open netlink sockets")?;
-    let node = reader.read(&BTreeSet::new()).await.context("cannot read this node's links and addresses")?;
+    let internal = view.intent.addresses_of(&node_name(&args.node));
+    let node = reader.read(&internal).await.context("cannot read this node's links and addresses")?;
     let reading = kernel.read().await;
     let clock = (&mut Dialer::default(), Duration::ZERO);
     let survey = survey(&view, &keys, &node, &resolved, &reading, &args.node, clock);
