@@ -270,7 +270,13 @@ impl<'a, V> Longest<'a, V> {
 fn nft(here: Here<'_>) -> Nft {
     let ports = here.facts.ports;
     let nodes = here.other_nodes().flat_map(|(_, node)| &node.hop).copied().collect();
-    let mut nft = Nft { keep_source: BTreeSet::new(), nodes, hop_port: ports.hop, hop_sources: ports.hop_sources };
+    let mut nft = Nft {
+        keep_source: BTreeSet::new(),
+        nodes,
+        hop_port: ports.hop,
+        hop_sources: ports.hop_sources,
+        native: here.facts.native.keys().cloned().collect(),
+    };
     for (name, member) in here.intent.others() {
         let own = widest(here.member.offered_to(name));
         for remote in widest(member.offered_to(&here.intent.me)) {
