@@ -280,8 +280,9 @@ impl Agent {
         }
         let (_, view) = self.view.as_ref().expect("set above");
         self.keys.refresh(&self.args, &view.intent);
+        let internal = view.intent.addresses_of(&node_name(&self.args));
         self.kernel.set_secrets(self.keys.secrets());
-        let node = match self.facts.read(&view.internal_addresses(&self.args)).await {
+        let node = match self.facts.read(&internal).await {
             Ok(node) => node,
             Err(error) => return self.unable(format!("cannot read this node's links and addresses: {error}")),
         };

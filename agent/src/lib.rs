@@ -34,11 +34,9 @@ pub mod state;
 pub mod kernel;
 pub mod tunnel;
 
-pub mod health;
 pub mod probe;
 
 pub mod agent;
-pub mod probe;
 pub mod run_dir;
 pub mod status;
 pub mod status_socket;

@@ -48,12 +48,6 @@ impl View {
         View { intent, rejected, complete: snapshot.complete, problems }
     }
 
-    /// The addresses by which the cluster knows this node.
-    pub fn internal_addresses(&self, args: &args::Node) -> BTreeSet<IpAddr> {
-        let cluster = self.intent.cluster.as_ref();
-        cluster.and_then(|cluster| cluster.nodes.get(&node_name(args))).map(|node| node.hop.clone()).unwrap_or_default()
-    }
-
     /// The names that somebody has to resolve.
     pub fn endpoint_names(&self) -> BTreeSet<String> {
         let gateways = self.intent.members.values().flat_map(|member| member.gateways.values());

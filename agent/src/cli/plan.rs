@@ -19,7 +19,7 @@ use crate::{
     resolve::{Resolved, Resolver},
     source,
     state::Op,
-    survey::{Found, Keys, View, survey},
+    survey::{Found, Keys, View, node_name, survey},
     tunnel::client::Client,
 };
 
@@ -47,10 +47,8 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     let bpf = Bpf::new(&args.node.backend.bpffs, &args.node.backend.run_dir)?;
     let mut kernel = Linux::new(client, keys.secrets(), bpf).context("cannot open netlink sockets")?;
     let reader = facts::Reader::new().context("cannot open netlink sockets")?;
-    let node = reader
-        .read(&view.internal_addresses(&args.node))
-        .await
-        .context("cannot read this node's links and addresses")?;
+    let internal = view.intent.addresses_of(&node_name(&args.node));
+    let node = reader.read(&internal).await.context("cannot read this node's links and addresses")?;
     let reading = kernel.read().await;
     // A path MTU that only the agent's probes know shows in no plan made here.
     let found = Found { node: &node, resolved: &resolved, reading: &reading, mtus: BTreeMap::new() };

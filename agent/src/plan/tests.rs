@@ -1005,6 +1005,7 @@ proptest! {
                 let config = config(&maps);
                 prop_assert!(config.wireguard.iter().eq(state.wireguard.keys()));
                 prop_assert!(config.slot.is_some() || state.wireguard.is_empty());
+                prop_assert!(config.slot.is_none_or(|slot| !config.gateways.contains_key(&slot)));
                 prop_assert_eq!(state.overlay.iter().collect::<Vec<_>>(), if facts.ipv6 { vec![&config.overlay] } else { vec![] });
                 prop_assert_eq!(maps.homes.get(&IpNetwork::from(IpAddr::from(config.overlay))), Some(&Home::Here));
             }
