@@ -147,6 +147,7 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
         // Cloned out of their channel first: a pass makes the resolver write to it.
         let names = resolved.borrow_and_update().clone();
         let status = agent.pass(cause, snapshot, &names).await;
+        events.set_native(agent.native.clone());
         if let Some(reply) = reply {
             // Whoever asked may have gone.
             drop(reply.send(status));
@@ -196,6 +197,8 @@ struct Agent {
     drain: bool,
     probing: Probing,
     report: Option<Report>,
+    /// The native devices as of the last pass.
+    native: BTreeSet<String>,
 }
 
 impl Agent {
@@ -223,6 +226,7 @@ impl Agent {
             drain: false,
             probing,
             report: None,
+            native: BTreeSet::new(),
         })
     }
 
@@ -286,6 +290,7 @@ impl Agent {
             Ok(node) => node,
             Err(error) => return self.unable(format!("cannot read this node's links and addresses: {error}")),
         };
+        self.native = node.native.keys().cloned().collect();
         let reading = self.kernel.read().await;
         let (snapshot, view) = self.view.take().expect("set above");
         let clock = (&mut self.dialer, self.started.elapsed());
