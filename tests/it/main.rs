@@ -4,5 +4,6 @@ mod endpoints;
 mod folder;
 mod joined;
 mod lab;
+mod mesh;
 mod repair;
 mod start;

@@ -30,7 +30,7 @@ use crate::{lab::end_on_interrupt, process};
 
 /// Whether `carrick` steers between nodes and gateways: with false the members have one node each, and the demo shows
 /// what such members can.
-const DATA_PLANE: bool = false;
+const DATA_PLANE: bool = true;
 
 const PORT: u16 = 8080;
 /// Between packets of numbered UDP.
