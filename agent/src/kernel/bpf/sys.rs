@@ -202,13 +202,14 @@ pub(super) fn open(path: &Path, kind: Kind) -> io::Result<Option<OwnedFd>> {
     let wanted = match kind {
         Kind::Map => "bpf-map",
         Kind::Program => "bpf-prog",
-        Kind::Link => "bpf_link",
+        Kind::Link => "bpf-link",
     };
-    let found = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
-    if found.to_string_lossy().contains(wanted) {
+    // A link is called `bpf_link` where it was made, `bpf-link` where it was opened (kernel/bpf/syscall.c).
+    let found = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?.to_string_lossy().replace('_', "-");
+    if found.contains(wanted) {
         Ok(Some(fd))
     } else {
-        let problem = format!("{} is pinned there, not a {wanted}", found.display());
+        let problem = format!("{found} is pinned there, not a {wanted}");
         Err(io::Error::new(io::ErrorKind::InvalidData, problem))
     }
 }

@@ -86,8 +86,7 @@ fn on_node<T: Send, F: Future<Output = T>>(work: impl FnOnce(Place) -> F + Send)
         mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), none).unwrap();
         let _mounted = Mounted(bpffs);
         sh("ip link set lo up
-            ip link add carrick-hop type dummy; ip link add carrick-wg0 type dummy; ip link add eth0 type dummy
-            ip link add eth0.7 link eth0 type vlan id 7 2>/dev/null || ip link add eth0.7 type dummy
+            for link in carrick-hop carrick-wg0 eth0 eth0.7; do ip link add $link type veth peer name p$link; done
             ip link property add dev eth0 altname carrick-wg7");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let dir = scratch.path().to_owned();
@@ -362,7 +361,7 @@ fn a_configuration_for_other_links_or_secrets_is_none() {
         assert_eq!(config(&mut bpf), None);
         write(&bpf);
         assert_eq!(config(&mut bpf), Some(wanted.clone()));
-        sh("ip link del carrick-wg0; ip link add carrick-wg0 type dummy");
+        sh("ip link del carrick-wg0; ip link add carrick-wg0 type veth peer name pcarrick-wg0");
         assert_eq!(config(&mut bpf), None);
         write(&bpf);
         assert_eq!(bpf.read_maps(&BTreeMap::new()).unwrap().unwrap().config, None);
@@ -508,8 +507,8 @@ fn what_somebody_detaches_or_deletes_is_noticed_and_attached_again() {
     let damages = [
         // Without a pin and without an fd the link is gone.
         "rm BPFFS/carrick/v*/links/eth0-steer_native",
-        "ip link del carrick-wg0; ip link add carrick-wg0 type dummy",
-        "ip link del eth0.7; ip link add eth0.7 type dummy",
+        "ip link del carrick-wg0; ip link add carrick-wg0 type veth peer name pcarrick-wg0",
+        "ip link del eth0.7; ip link add eth0.7 type veth peer name peth0.7",
         "rm BPFFS/carrick/v*/maps/WAKE",
     ];
     for damage in damages {
@@ -731,7 +730,7 @@ fn health_is_read_and_written_beside_the_passes() {
         assert_eq!(health.last_traffic(member(1)).unwrap(), None);
         // What a packet into the hop meets first: no configuration.
         assert_eq!(health.drops().unwrap(), BTreeMap::new());
-        sh("ip link set carrick-hop up; ip addr add 192.0.2.1/24 dev carrick-hop; ip neigh add 192.0.2.2 lladdr 02:00:00:00:00:01 dev carrick-hop
+        sh("ip link set carrick-hop up; ip link set pcarrick-hop up; ip addr add 192.0.2.1/24 dev carrick-hop; ip neigh add 192.0.2.2 lladdr 02:00:00:00:00:01 dev carrick-hop
             ping -c1 -W1 192.0.2.2 >/dev/null || true");
         assert!(health.drops().unwrap().contains_key(&ebpf::Reason::NotConfigured), "{:?}", health.drops());
         assert_eq!(health.sent().unwrap(), [ebpf::Count::default(); 16]);
