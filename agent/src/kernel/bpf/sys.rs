@@ -29,6 +29,7 @@ const PROG_QUERY: libc::c_int = 16;
 const MAP_LOOKUP_BATCH: libc::c_int = 24;
 const LINK_CREATE: libc::c_int = 28;
 const LINK_UPDATE: libc::c_int = 29;
+const LINK_DETACH: libc::c_int = 34;
 
 const TCX_INGRESS: u32 = 46;
 const TCX_EGRESS: u32 = 47;
@@ -347,6 +348,11 @@ pub(super) fn link_create(program: BorrowedFd<'_>, ifindex: u32, ingress: bool, 
 pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut update = LinkUpdate { link: number(link), program: number(program), flags: 0, old: 0 };
     bpf(LINK_UPDATE, &mut update).map(|_| ())
+}
+
+/// Takes the link's program from its hook, now: the kernel lets go of a link that nobody holds a little later.
+pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(LINK_DETACH, &mut number(link)).map(|_| ())
 }
 
 /// CLOCK_MONOTONIC, the clock of the programs: it stands still while the machine sleeps.

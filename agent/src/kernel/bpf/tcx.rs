@@ -64,7 +64,16 @@ pub(super) fn attach(
         _ => {}
     }
     let link = sys::link_create(program.as_fd(), ifindex, ingress, must_be_first)?;
-    pins.replace_link(attachment, &link)
+    pins.replace_link(attachment, &link)?;
+    old.map_or(Ok(()), |old| sys::link_detach(old.fd.as_fd()))
+}
+
+/// Detaches the attachment's pinned link, and unpins it.
+pub(super) fn detach(pins: &Pins, attachment: &Attachment) -> io::Result<()> {
+    if let Some(link) = open(pins, attachment)? {
+        sys::link_detach(link.fd.as_fd())?;
+    }
+    pins.remove_link(attachment)
 }
 
 /// Gives the link the program, if it has another.
