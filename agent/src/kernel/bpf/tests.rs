@@ -10,7 +10,7 @@ use std::{
     os::unix::fs::PermissionsExt,
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
@@ -502,6 +502,17 @@ fn whatever_is_taken_from_the_pins_is_repaired() {
     }
 }
 
+/// Waits until the damage is seen: the kernel detaches what is unpinned a little later.
+async fn noticed(place: &Place, bpf: &Bpf, damage: &str) {
+    for _ in 0..500 {
+        if !bpf.still_attached(&place.rtnl).await.unwrap() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("{damage}: not noticed");
+}
+
 #[test]
 fn what_somebody_detaches_or_deletes_is_noticed_and_attached_again() {
     let damages = [
@@ -516,7 +527,7 @@ fn what_somebody_detaches_or_deletes_is_noticed_and_attached_again() {
             let mut bpf = place.bpf();
             settle(&place, &mut bpf, &gateway()).await;
             sh(&damage.replace("BPFFS", &place.bpffs().display().to_string()));
-            assert!(!bpf.still_attached(&place.rtnl).await.unwrap(), "{damage}");
+            noticed(&place, &bpf, damage).await;
             settle(&place, &mut bpf, &gateway()).await;
             assert_eq!(hooks().values().map(Vec::len).sum::<usize>(), gateway().len(), "{damage}");
         });
