@@ -18,7 +18,7 @@ mod route;
 mod rtnl;
 mod rule;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

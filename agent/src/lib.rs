@@ -5,8 +5,10 @@
 //!       keys, names, addresses -> facts ─> plan -> desired state ┐
 //! netlink, nft, tunnel -> kernel::read ----------> actual state  ┴> diff -> [Op] -> kernel::apply
 //! ```
-//! Nothing but [`kernel`] and [`tunnel`] has an effect on the node, and nothing in [`intent`], [`state`], [`plan`] or
-//! [`diff`] does I/O, reads a clock, or looks at the environment.
+//! Beside it, and untouched by any pass, [`probe`] asks the gateways and writes what [`health`] makes of their answers.
+//!
+//! Nothing but [`kernel`], [`tunnel`] and [`probe`] has an effect on the node, and nothing in [`intent`], [`state`],
+//! [`plan`], [`diff`] or [`health`] does I/O, reads a clock, or looks at the environment.
 
 pub mod args;
 pub mod cli;
@@ -30,6 +32,9 @@ pub mod state;
 
 pub mod kernel;
 pub mod tunnel;
+
+pub mod health;
+pub mod probe;
 
 pub mod agent;
 pub mod run_dir;
