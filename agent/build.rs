@@ -21,7 +21,7 @@ const TARGET: &str = "bpfel-unknown-none";
 const OBJECTS: [&str; 2] = ["programs", "programs-test"];
 
 fn main() -> ExitCode {
-    for changed in ["../ebpf", "../Cargo.toml", "../Cargo.lock", "build.rs", "build"] {
+    for changed in ["../ebpf/src", "../ebpf/Cargo.toml", "../Cargo.toml", "../Cargo.lock", "build.rs", "build"] {
         println!("cargo::rerun-if-changed={changed}");
     }
     for changed in ["CARRICK_BPF_RUSTC", "BPF_LINKER"] {
@@ -45,10 +45,11 @@ fn fail(problems: &[String]) -> ExitCode {
 
 fn build(compiler: &Path, linker: &Path) -> Result<(), String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
-    let target_dir = out.join("bpf");
+    // Of `target`, for all profiles: OUT_DIR is target/<profile>/build/<package>/out. Not `target` itself, whose lock the
+    // outer cargo holds while it waits for us.
+    let target_dir = out.ancestors().nth(4).unwrap_or(&out).join("bpf");
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(["build", "--locked", "--package", "ebpf", "--bins", "--profile", "bpf", "-Z", "build-std=core"]);
-    // A folder of its own: the outer cargo holds the lock of the usual one while it waits for us.
     command.args(["--target", TARGET, "--target-dir"]).arg(&target_dir);
     command.current_dir("..");
     // What the outer cargo set is about another target and another compiler.
@@ -59,8 +60,11 @@ fn build(compiler: &Path, linker: &Path) -> Result<(), String> {
     command.env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker);
     command.env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_RUSTFLAGS", "-Clink-arg=--btf");
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    for warning in said.lines().filter(|line| line.starts_with("warning")) {
+        println!("cargo::warning=BPF: {warning}");
+    }
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
         return Err(format!("the BPF programs do not build with {}:\n{said}", compiler.display()));
     }
     for object in OBJECTS {

@@ -1,8 +1,11 @@
 //! The agent: one loop, a closed list of causes, and the same whole pass for each of them.
 
+mod prober;
+
 use std::{
     collections::BTreeSet,
     future::Future,
+    io,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -11,29 +14,33 @@ use std::{
 use ipnetwork::IpNetwork;
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{sleep_until, timeout_at},
+    time::{MissedTickBehavior, interval, sleep_until, timeout_at},
 };
 use tracing::{debug, info, warn};
 
+use self::prober::Probing;
 use crate::{
     args,
     dial::Dialer,
+    intent::Intent,
     kernel::{
         self, Linux, Secrets,
         bpf::Bpf,
         events::{self, Event},
         facts,
     },
-    names::MemberName,
+    names::{MemberName, Ordinal},
+    overlay::Overlay,
     plan::member_of,
+    probe::Report,
     reconcile::{Kernel, Outcome, Reading, reconcile},
     resolve::{Resolved, Resolver},
     run_dir::{Lock, LockError},
     source::{self, Snapshot},
-    state::Remote,
+    state::{Remote, State},
     status::{PeerStatus, RouteStatus, Status, connected},
     status_socket::{self, Request},
-    survey::{Keys, Survey, View, node_name, survey},
+    survey::{Found, Keys, Survey, View, node_name, survey},
     tunnel::client::Client,
 };
 
@@ -41,6 +48,8 @@ use crate::{
 const RESYNC: Duration = Duration::from_secs(30);
 /// Events come in bursts.
 const DEBOUNCE: Duration = Duration::from_millis(50);
+/// How often it is seen whether the programs are still attached: to detach one sends no event.
+const POLL: Duration = Duration::from_millis(500);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
@@ -95,7 +104,10 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
     let (resolver, mut resolved) = Resolver::new();
     let client = Client::new(&run_dir);
     let mut tunnel = client.watch();
-    let mut agent = Agent::new(args, client, resolver)?;
+    let (probing, mut reports) = Probing::new(args.backend.probe_port);
+    let mut agent = Agent::new(args, client, resolver, probing)?;
+    let mut polls = interval(POLL);
+    polls.set_missed_tick_behavior(MissedTickBehavior::Delay);
     info!(cluster = %agent.args.cluster_name, node = agent.node, "started");
     tokio::pin!(shutdown);
 
@@ -113,6 +125,19 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
                 Cause::Resync
             }
             () = sleep_until(agent.next_pass.into()) => Cause::Resync,
+            changed = reports.changed() => {
+                changed.expect("the agent holds a sender");
+                if !agent.hears(reports.borrow_and_update().as_ref()) {
+                    continue;
+                }
+                Cause::Facts
+            }
+            _ = polls.tick(), if Instant::now() >= agent.quiet_until => {
+                if agent.is_attached().await {
+                    continue;
+                }
+                Cause::Kernel
+            }
         };
         if matches!(cause, Cause::Kernel | Cause::Facts) {
             let quiet = tokio::time::Instant::now() + DEBOUNCE;
@@ -122,6 +147,7 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
         // Cloned out of their channel first: a pass makes the resolver write to it.
         let names = resolved.borrow_and_update().clone();
         let status = agent.pass(cause, snapshot, &names).await;
+        events.set_native(agent.native.clone());
         if let Some(reply) = reply {
             // Whoever asked may have gone.
             drop(reply.send(status));
@@ -169,10 +195,14 @@ struct Agent {
     told: BTreeSet<String>,
     /// Somebody wants this gateway drained.
     drain: bool,
+    probing: Probing,
+    report: Option<Report>,
+    /// The native devices as of the last pass.
+    native: BTreeSet<String>,
 }
 
 impl Agent {
-    fn new(args: args::Node, client: Client, resolver: Resolver) -> Result<Agent, AgentError> {
+    fn new(args: args::Node, client: Client, resolver: Resolver, probing: Probing) -> Result<Agent, AgentError> {
         let bpf = Bpf::new(&args.backend.bpffs, &args.backend.run_dir).map_err(AgentError::Bpf)?;
         let kernel = Linux::new(client, Secrets::default(), bpf).map_err(AgentError::Netlink)?;
         let facts = facts::Reader::new().map_err(AgentError::Netlink)?;
@@ -194,6 +224,9 @@ impl Agent {
             quiet_until: now,
             told: BTreeSet::new(),
             drain: false,
+            probing,
+            report: None,
+            native: BTreeSet::new(),
         })
     }
 
@@ -203,6 +236,33 @@ impl Agent {
             Request::Drain => self.drain = true,
             Request::Undrain => self.drain = false,
         }
+    }
+
+    /// Takes over what the prober says; whether a pass is needed: routes carry path MTUs.
+    fn hears(&mut self, report: Option<&Report>) -> bool {
+        let mtus = |report: Option<&Report>| -> Vec<u16> {
+            report.iter().flat_map(|report| report.verdict.reach.values().map(|reach| reach.mtu)).collect()
+        };
+        let news = mtus(report) != mtus(self.report.as_ref());
+        self.report = report.cloned();
+        news
+    }
+
+    /// An error is for the pass that it makes to meet.
+    async fn is_attached(&mut self) -> bool {
+        self.kernel.still_attached().await.unwrap_or(false)
+    }
+
+    /// Puts the prober on the maps of now, and tells it whom to probe.
+    fn probe(&mut self, intent: &Intent, desired: &State) -> io::Result<()> {
+        let generation = self.kernel.health_generation()?;
+        if !self.probing.works_on(generation) {
+            let maps = self.kernel.health()?.zip(self.kernel.health()?);
+            self.probing.work_on(maps);
+        }
+        let overlay = Overlay::new(&self.args.mesh_domain);
+        self.probing.want(prober::wanted(intent, overlay, desired, self.drain));
+        Ok(())
     }
 
     async fn pass(&mut self, cause: Cause, followed: source::Followed, resolved: &Resolved) -> Status {
@@ -224,22 +284,28 @@ impl Agent {
         }
         let (_, view) = self.view.as_ref().expect("set above");
         self.keys.refresh(&self.args, &view.intent);
+        let internal = view.intent.addresses_of(&node_name(&self.args));
         self.kernel.set_secrets(self.keys.secrets());
-        let node = match self.facts.read(&BTreeSet::new()).await {
+        let node = match self.facts.read(&internal).await {
             Ok(node) => node,
             Err(error) => return self.unable(format!("cannot read this node's links and addresses: {error}")),
         };
+        self.native = node.native.keys().cloned().collect();
         let reading = self.kernel.read().await;
         let (snapshot, view) = self.view.take().expect("set above");
         let clock = (&mut self.dialer, self.started.elapsed());
-        let survey = survey(&view, &self.keys, &node, resolved, &reading, &self.args, clock);
+        let mtus = prober::mtus(&view.intent, self.report.as_ref());
+        let found = Found { node: &node, resolved, reading: &reading, mtus };
+        let survey = survey(&view, &self.keys, found, &self.args, clock);
         let outcome = reconcile(&survey.desired, survey.complete, &reading, &mut self.kernel).await;
+        let probing = self.probe(&view.intent, &survey.desired);
         self.schedule(cause, &survey, &reading, &outcome);
         for op in &outcome.applied {
             info!("{op}");
         }
         debug!(?cause, took = ?began.elapsed(), applied = outcome.applied.len(), "pass");
-        let status = self.status(&view, &survey, &reading, &outcome, &node, resolved);
+        let mut status = self.status(&view, &survey, &reading, &outcome, &node, resolved);
+        status.failures.extend(probing.err().map(|error| format!("cannot probe: {error}")));
         self.view = Some((snapshot, view));
         self.tell(&status);
         status
@@ -305,10 +371,27 @@ impl Agent {
         problems.extend(self.keys.problems.iter().cloned().chain(unresolved));
         problems.extend(node.conditions.iter().map(ToString::to_string));
         problems.extend(taken_from_us(survey, node));
+        problems.extend(prober::problems(&view.intent, self.report.as_ref()));
+        let members = prober::members(&view.intent, self.report.as_ref());
+        let slot = view.intent.slot_of(&node_name(&self.args)).map(Ordinal::get);
+        let mut counted = |what: io::Error| problems.push(format!("cannot read what the programs count: {what}"));
+        let sent = self.probing.sent().unwrap_or_else(|error| {
+            counted(error);
+            Vec::new()
+        });
+        let drops = self.probing.drops().unwrap_or_else(|error| {
+            counted(error);
+            Vec::new()
+        });
         Status {
             synced: true,
             ready: survey.complete && survey.rejected.is_empty() && failures.is_empty() && outcome.withheld == 0,
-            connected: !peers.is_empty() && peers.iter().all(|peer| peer.connected),
+            connected: !members.is_empty() && members.iter().all(|member| member.reached),
+            slot,
+            drain: prober::drain(slot.is_some(), self.drain, self.report.as_ref()),
+            members,
+            sent,
+            drops,
             peers,
             routes: routes(view),
             rejections: view.rejected.iter().chain(&survey.rejected).map(ToString::to_string).collect(),

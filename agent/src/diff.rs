@@ -337,7 +337,9 @@ mod tests {
 
         #[test]
         fn a_route_has_its_twin_for_as_long_as_both_states_have(desired in any_desired(), actual in any_state()) {
-            let closed = |state: &State, to: &IpNetwork| state.routes.contains_key(&(Table::Closed, *to));
+            let closed = |state: &State, to: &IpNetwork| {
+                state.routes.get(&(Table::Closed, *to)).is_some_and(|twin| !matches!(twin, Route::Hop { .. }))
+            };
             let open = |state: &State, to: &IpNetwork| {
                 matches!(state.routes.get(&(Table::Remote, *to)), Some(Route::Hop { .. } | Route::Other))
             };

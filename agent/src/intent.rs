@@ -396,6 +396,12 @@ impl Intent {
         }
     }
 
+    /// The addresses by which the cluster knows the node; none where no document tells of nodes.
+    pub fn addresses_of(&self, node: &NodeName) -> BTreeSet<IpAddr> {
+        let nodes = self.cluster.iter().flat_map(|cluster| cluster.nodes.get(node));
+        nodes.flat_map(|node| node.hop.iter().copied()).collect()
+    }
+
     /// Every member but this one.
     pub fn others(&self) -> impl Iterator<Item = (&MemberName, &Member)> {
         self.members.iter().filter(|(name, _)| **name != self.me)

@@ -19,6 +19,7 @@ pub mod names;
 pub mod api;
 pub mod dial;
 pub mod facts;
+pub mod health;
 pub mod intent;
 pub mod keyring;
 pub mod overlay;
@@ -33,7 +34,6 @@ pub mod state;
 pub mod kernel;
 pub mod tunnel;
 
-pub mod health;
 pub mod probe;
 
 pub mod agent;

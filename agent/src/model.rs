@@ -371,7 +371,7 @@ prop_compose! {
 
 prop_compose! {
     /// Any state that a plan can want: every link is one of ours, configured, and has its programs, which know what its
-    /// peers hold; without maps there is none.
+    /// peers hold; without maps there is none. Only the table of remote ranges leads anywhere.
     pub(crate) fn any_desired()(mut state in any_state()) -> State {
         let State { links, hop, wireguard, .. } = &state;
         let wanted = |interface: &Interface| state.maps.is_some() && match interface {
@@ -380,7 +380,11 @@ prop_compose! {
         };
         let kept = links.iter().filter(|(interface, _)| wanted(interface));
         state.links = kept.map(|(interface, link)| (*interface, Link::ours(link.mtu))).collect();
-        state.routes.retain(|_, route| *route != Route::Other);
+        state.routes.retain(|(table, _), route| match route {
+            Route::Hop { .. } => *table == Table::Remote,
+            Route::Throw | Route::Unreachable => true,
+            Route::Other => false,
+        });
         tidy(&mut state);
         let native = state.programs.into_iter().filter(|at| at.program == Program::SteerNative);
         state.programs = native.chain(state.links.keys().copied().flat_map(programs_of)).collect();

@@ -62,6 +62,8 @@ pub enum Drain {
 #[serde(rename_all = "camelCase")]
 pub struct MemberStatus {
     pub member: String,
+    /// There is a way to it that answers.
+    pub reached: bool,
     /// Slots of this cluster, on other nodes, that reach it.
     pub via: Vec<u8>,
     /// Slots of that member that this gateway reaches itself.
@@ -74,7 +76,7 @@ pub struct MemberStatus {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SentStatus {
-    /// `slot N` over the hop, or a WireGuard device.
+    /// `slot N` over the hop; a WireGuard device; that `for other nodes`; or `from peers`.
     pub way: String,
     pub packets: u64,
     pub bytes: u64,
@@ -140,8 +142,9 @@ impl Status {
             let ways = [("link to slot", &member.links), ("via slot", &member.via)].into_iter();
             let ways = ways.flat_map(|(what, slots)| slots.iter().map(move |slot| format!("{what} {slot}")));
             let ways = ways.collect::<Vec<_>>().join(", ");
-            let ways = if ways.is_empty() { "no way".to_owned() } else { ways };
-            line(&mut text, format_args!("member {}: {ways} (mtu {})", member.member, member.mtu));
+            let ways = if ways.is_empty() { "no way yet".to_owned() } else { ways };
+            let lost = if member.reached || ways == "no way yet" { "" } else { ", none of which answers" };
+            line(&mut text, format_args!("member {}: {ways}{lost} (mtu {})", member.member, member.mtu));
         }
         line(
             &mut text,

@@ -19,7 +19,7 @@ use crate::{
     },
     keyring::{KeyProblem, Keyring, Preshared, Wanted},
     keys::{HopId, HopMark, HopSecret, PresharedKey, PublicKey},
-    names::{Device, NodeName, Table},
+    names::{Device, MemberName, NodeName, Table},
     overlay::Overlay,
     plan::plan,
     reconcile::Reading,
@@ -130,16 +130,25 @@ pub struct Survey {
     pub again: Option<Duration>,
 }
 
+/// What was found out around the folder and the keys.
+#[derive(Debug)]
+pub struct Found<'a> {
+    pub node: &'a Node,
+    pub resolved: &'a Resolved,
+    pub reading: &'a Reading,
+    /// Path MTUs, as probes have found.
+    pub mtus: BTreeMap<MemberName, u16>,
+}
+
 /// Puts together what a pass is planned from. `now` is the dialer's clock.
 pub fn survey(
     view: &View,
     keys: &Keys,
-    node: &Node,
-    resolved: &Resolved,
-    reading: &Reading,
+    found: Found<'_>,
     args: &args::Node,
     (dialer, now): (&mut Dialer, Duration),
 ) -> Survey {
+    let Found { node, resolved, reading, mtus } = found;
     let ports = Ports {
         wireguard: args.backend.wireguard_port,
         hop: args.backend.hop_port,
@@ -163,7 +172,7 @@ pub fn survey(
         ipv6: !node.conditions.contains(&Condition::Ipv6Off),
         addresses: node.addresses.clone(),
         native: node.native.iter().map(|(name, native)| (name.clone(), native.mtu)).collect(),
-        mtus: BTreeMap::new(),
+        mtus,
         overlay: Overlay::new(&args.mesh_domain),
         ports,
     };

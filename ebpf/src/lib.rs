@@ -194,7 +194,22 @@ pub const TRAFFIC_NS: u64 = 500_000_000;
 /// After so long without traffic the next packet is told in `WAKE`.
 pub const IDLE_NS: u64 = 4_000_000_000;
 
-/// Value of `SENT`, per CPU: indexes 0 to 7 by own slot over the hop, 8 to 15 by WireGuard device.
+/// The indexes of `SENT`, per CPU: each packet that was steered is counted at one.
+pub mod sent {
+    use super::SLOTS;
+
+    /// By a gateway of this cluster, over the hop: this plus its slot.
+    pub const HOP: u32 = 0;
+    /// By a WireGuard device, what this node sends: this plus the device's number.
+    pub const DEVICE: u32 = SLOTS as u32;
+    /// By a WireGuard device, what other nodes send through this gateway.
+    pub const FOR_NODES: u32 = 2 * SLOTS as u32;
+    /// What peers send through this gateway, to its own pods or on over the hop.
+    pub const FROM_PEERS: u32 = 3 * SLOTS as u32;
+    pub const LEN: u32 = FROM_PEERS + 1;
+}
+
+/// Value of `SENT`: probes are not counted.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
@@ -214,7 +229,7 @@ pub struct TestKey {
 }
 
 /// Value of `TEST_SEEN`, which only the object for test runs has: what the last run decided. A test run shows neither a
-/// redirect's device nor a tunnel key. The agent zeroes it before.
+/// redirect's device nor a tunnel key. The test zeroes it before.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TestSeen {

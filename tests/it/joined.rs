@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use lab::{
     Carrick, Lab, Member, Mesh, Node, Process,
     capture::{Capture, Expected},
-    carrick::{DEVICES, Running, TUNNEL_PORT, snapshot},
+    carrick::{DEVICES, HOP_PORT, Running, TUNNEL_PORT, snapshot},
     traffic::ping::ping,
     wait_for,
 };
@@ -86,7 +86,7 @@ impl Joined<'_> {
         let Running { tunnel, agent } = self.running.remove(member).context("it runs")?;
         agent.kill()?;
         // Its tunnel goes on until the lab ends.
-        tunnel.detach();
+        tunnel.into_iter().for_each(Process::detach);
         Ok(())
     }
 
@@ -142,6 +142,7 @@ impl Joined<'_> {
     pub(crate) fn capture(&self, member: &str) -> Result<Capture> {
         let expected = Expected {
             tunnel: TUNNEL_PORT..=TUNNEL_PORT + DEVICES - 1,
+            hop: HOP_PORT,
             private: self.lab.clusters.iter().flat_map(|cluster| cluster.member.allowed_ranges()).collect(),
         };
         Capture::start(&self.lab.internet, &self.lab.cluster(member)?.uplink, expected)

@@ -1,5 +1,8 @@
 //! The lab itself: what it claims to be, measured with its own tools.
 
+mod cni;
+mod faults;
+
 use std::{
     io::{BufRead, BufReader},
     net::{IpAddr, SocketAddr},
@@ -123,8 +126,11 @@ fn nat_lets_only_answers_in() {
 fn a_capture_counts_by_kind() {
     pair_with("capture", |lab| {
         let (mn, va) = (lab.node("mn")?, lab.node("va")?);
-        let expected =
-            Expected { tunnel: 27473..=27480, private: vec!["10.42.0.0/16".parse()?, "10.44.0.0/16".parse()?] };
+        let expected = Expected {
+            tunnel: 27473..=27480,
+            hop: 27472,
+            private: vec!["10.42.0.0/16".parse()?, "10.44.0.0/16".parse()?],
+        };
         let capture = Capture::start(&lab.internet, "site2", expected)?;
         // To a private range, in the clear, though nobody answers.
         let unanswered = ping(&va.pods[0].host, mn.pods[0].ip(), 2)?;

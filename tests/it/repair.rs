@@ -108,11 +108,11 @@ fn a_killed_tunnel_is_filled_again_and_nothing_leaves_in_the_clear_meanwhile() {
         let flow = Flow::start(from, to, joined.pod_address("va")?, MILLISECOND)?;
         wait_for("an answer", SOON, || flow.first_answer().ok_or_else(|| "none".to_owned()))?;
         let Running { tunnel, agent } = joined.running.remove("mn").expect("it runs");
-        tunnel.kill()?;
+        tunnel.expect("a gateway").kill()?;
         joined.wait_status("mn", "that the tunnel is gone", |status| {
             status["failures"].to_string().contains("`carrick tunnel` does not run") && status["ready"] == false
         })?;
-        let tunnel = joined.carrick.start_tunnel(joined.node("mn")?)?;
+        let tunnel = Some(joined.carrick.start_tunnel(joined.node("mn")?)?);
         joined.running.insert("mn".to_owned(), Running { tunnel, agent });
         joined.carrick.wait_connected(joined.node("mn")?, &["va"], CONNECT_LIMIT)?;
         joined.wait_reaches("mn", "va")?;
@@ -133,7 +133,7 @@ fn cleanup_after_a_crash_leaves_nothing() {
         joined.connected()?;
         let Running { tunnel, agent } = joined.running.remove("mn").expect("it runs");
         agent.kill()?;
-        tunnel.kill()?;
+        tunnel.expect("a gateway").kill()?;
         joined.carrick.cleanup(joined.node("mn")?)?;
         let left = difference(&before, &snapshot(joined.node("mn")?)?);
         ensure!(left.is_empty(), "{left:#?}");

@@ -22,7 +22,7 @@ fn the_second_on_a_node_says_who_is_the_first() {
         let running = &joined.running["mn"];
         for (arguments, lock, first) in [
             (agent(joined, "")?, "agent.lock", &running.agent),
-            ("tunnel".to_owned(), "tunnel.lock", &running.tunnel),
+            ("tunnel".to_owned(), "tunnel.lock", running.tunnel()?),
             ("cleanup".to_owned(), "agent.lock", &running.agent),
         ] {
             let said = joined.refused("mn", "", &arguments)?;
@@ -185,7 +185,7 @@ fn no_secret_is_printed() {
         let mut printed = String::new();
         for member in ["mn", "va"] {
             printed += &joined.running[member].agent.log()?;
-            printed += &joined.running[member].tunnel.log()?;
+            printed += &joined.running[member].tunnel()?.log()?;
             printed += &joined.status(member)?.to_string();
             let carrick = joined.carrick.path().display();
             let (folder, keys) = (joined.mesh.folder().display(), keys(joined, member)?);

@@ -37,6 +37,8 @@ const DESCRIBED: usize = 5;
 pub struct Expected {
     /// UDP ports of the tunnel.
     pub tunnel: RangeInclusive<u16>,
+    /// UDP port that the hop between nodes goes to.
+    pub hop: u16,
     /// Nothing from or to these may pass in the clear.
     pub private: Vec<IpNetwork>,
 }
@@ -46,6 +48,8 @@ pub struct Expected {
 pub struct Seen {
     /// WireGuard messages to or from a port of the tunnel.
     pub tunnel: u64,
+    /// Packets to the hop's port.
+    pub hop: u64,
     /// Address resolution and group membership: ARP, neighbour discovery, MLD, IGMP.
     pub link: u64,
     /// Packets from or to a private range.
@@ -62,6 +66,7 @@ impl Seen {
     /// The sum of two captures.
     pub fn add(&mut self, other: Seen) {
         self.tunnel += other.tunnel;
+        self.hop += other.hop;
         self.link += other.link;
         self.clear += other.clear;
         self.other += other.other;
@@ -130,6 +135,7 @@ fn count(socket: OwnedFd, expected: &Expected, stop: &AtomicBool) -> Result<Seen
 fn note(seen: &mut Seen, kind: Kind, frame: &[u8]) {
     let (count, name) = match kind {
         Kind::Tunnel => (&mut seen.tunnel, None),
+        Kind::Hop => (&mut seen.hop, None),
         Kind::Link => (&mut seen.link, None),
         Kind::Clear => (&mut seen.clear, Some("clear text")),
         Kind::Other => (&mut seen.other, Some("other")),
@@ -143,6 +149,7 @@ fn note(seen: &mut Seen, kind: Kind, frame: &[u8]) {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Tunnel,
+    Hop,
     Link,
     Clear,
     Other,
@@ -178,6 +185,7 @@ fn classify(frame: &[u8], expected: &Expected) -> Kind {
         // MLD, router and neighbour discovery, redirect; MLDv2.
         (ICMPV6, [130..=137 | 143, ..]) => Kind::Link,
         (UDP, datagram) if is_tunnel(datagram, &expected.tunnel) => Kind::Tunnel,
+        (UDP, [_, _, high, low, ..]) if u16::from_be_bytes([*high, *low]) == expected.hop => Kind::Hop,
         _ => Kind::Other,
     }
 }
@@ -277,6 +285,7 @@ mod tests {
     fn frames_are_told_apart() {
         let expected = Expected {
             tunnel: 27473..=27474,
+            hop: 27472,
             private: ["10.42.0.0/16", "fd00::/16"].map(|r| r.parse().unwrap()).into(),
         };
         let (public, private) = ([203, 0, 113, 2], [10, 42, 0, 2]);
@@ -285,7 +294,9 @@ mod tests {
             (v4(public, UDP, 0, &udp(5, 27473, &data)), Kind::Tunnel),
             (v4(public, UDP, 0, &udp(27474, 5, &data)), Kind::Tunnel),
             (v6(0x2001, UDP, &udp(5, 27473, &data)), Kind::Tunnel),
-            (v4(public, UDP, 0, &udp(27475, 27472, &data)), Kind::Other),
+            (v4(public, UDP, 0, &udp(27475, 27471, &data)), Kind::Other),
+            (v4(public, UDP, 0, &udp(27456, 27472, &[8, 0, 0, 0])), Kind::Hop),
+            (v4(public, UDP, 0, &udp(27472, 27456, &[8, 0, 0, 0])), Kind::Other),
             (v4(public, UDP, 0, &udp(5, 27473, &[5, 0, 0, 0])), Kind::Other),
             (v4(public, UDP, 0, &udp(5, 27473, &[4, 0, 1, 0])), Kind::Other),
             (v4(public, UDP, 0, &udp(5, 27473, &[])), Kind::Other),

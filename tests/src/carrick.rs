@@ -3,8 +3,9 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    net::IpAddr,
-    os::unix::fs::DirBuilderExt,
+    io::Write as _,
+    net::{IpAddr, SocketAddr},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -12,11 +13,22 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use crate::{Host, Lab, Member, Mesh, Node, Process, mesh::Gateway, wait_for};
+use crate::{
+    Host, Lab, Member, Mesh, Node, Process,
+    mesh::{self, Gateway},
+    topology::Cluster,
+    wait_for,
+};
 
 /// The first of the tunnel's UDP ports: one for each device, at most [`DEVICES`].
 pub const TUNNEL_PORT: u16 = 27473;
 pub const DEVICES: u16 = 8;
+
+/// UDP port of the hop between the nodes of a member.
+pub const HOP_PORT: u16 = 27472;
+
+/// How long a drain may take: Carrick itself gives up after 30 s.
+const DRAIN_LIMIT: Duration = Duration::from_secs(40);
 
 /// A peer counts as connected while its last handshake is younger than this, in seconds: then WireGuard itself refuses it.
 const HANDSHAKE_LIMIT: f64 = 180.0;
@@ -30,8 +42,28 @@ pub struct Carrick {
 /// What runs on one node.
 #[derive(Debug)]
 pub struct Running {
-    pub tunnel: Process,
+    /// Of a gateway.
+    pub tunnel: Option<Process>,
     pub agent: Process,
+}
+
+impl Running {
+    /// The tunnel of a gateway.
+    pub fn tunnel(&self) -> Result<&Process> {
+        self.tunnel.as_ref().context("a worker runs no tunnel")
+    }
+
+    /// Lets both run on after this value is gone.
+    pub fn detach(self) {
+        self.agent.detach();
+        self.tunnel.into_iter().for_each(Process::detach);
+    }
+
+    /// SIGTERM to both, and waits until they are gone; fails if they do not end by themselves within `limit`.
+    pub fn terminate(self, limit: Duration) -> Result<()> {
+        self.agent.terminate(limit)?;
+        self.tunnel.map_or(Ok(()), |tunnel| tunnel.terminate(limit))
+    }
 }
 
 /// The part of `carrick status -o json` that the lab looks at.
@@ -64,37 +96,41 @@ impl Carrick {
         &self.binary
     }
 
-    /// Makes the keys of every node and writes the folder that all members read.
+    /// Makes the keys of every node and writes the folders: the one that all members read, and each member's own.
     pub fn write_mesh(&self, lab: &Lab) -> Result<Mesh> {
-        let mesh = Mesh::create(lab.dir("mesh"))?;
+        let mut mesh = Mesh::create(lab.dir("mesh"))?;
+        // An endpoint that some member has no address to dial from is one more that is tried in vain.
+        let all_have = |v4: bool| lab.nodes().all(|(_, node)| node.addresses.iter().any(|ip| ip.is_ipv4() == v4));
+        let dialled = |ip: &IpAddr| ip.is_ipv4() || !all_have(true);
         for cluster in &lab.clusters {
             let member = &cluster.member;
             let mut gateways = Vec::new();
-            for (ordinal, node) in cluster.nodes.iter().enumerate() {
-                let public_key = self.generate_key(node, ordinal)?;
-                let endpoint = |ip: &IpAddr| format!("{ip}:{TUNNEL_PORT}");
-                let address = node.addresses.iter().find(|ip| ip.is_ipv4() && !member.behind_nat);
-                gateways.push(Gateway { public_key, endpoints: address.map(endpoint).into_iter().collect() });
+            for (node, slot) in cluster.gateways() {
+                let public_key = self.generate_key(node, slot.into())?;
+                let endpoint = |ip: &IpAddr| SocketAddr::from((*ip, TUNNEL_PORT)).to_string();
+                let addresses = node.addresses.iter().filter(|ip| !member.behind_nat && dialled(ip));
+                gateways.push(Gateway { public_key, endpoints: addresses.map(endpoint).collect() });
             }
             mesh.write_cluster(member, &gateways)?;
             mesh.write_routes(member, &member.pod_ranges())?;
+            if member.nodes > 1 {
+                write_own(&mut mesh, cluster, &gateways)?;
+                share_hop_secret(cluster)?;
+            }
         }
         Ok(mesh)
     }
 
     /// Makes the key of a slot and returns its public half.
     pub fn generate_key(&self, node: &Node, ordinal: usize) -> Result<String> {
-        let keys = keys_dir(&node.host);
-        if !keys.exists() {
-            fs::DirBuilder::new().mode(0o700).create(&keys).with_context(|| format!("mkdir {}", keys.display()))?;
-        }
+        let keys = make_keys_dir(&node.host)?;
         let arguments = ["keys", "gen", "--keys-dir", &text(&keys)?, "--ordinal", &ordinal.to_string()];
         Ok(node.host.output(&self.binary, &arguments)?.trim().to_owned())
     }
 
-    /// Starts tunnel and agent on a node.
+    /// Starts the agent on a node, and on a gateway the tunnel.
     pub fn start(&self, member: &Member, node: &Node, mesh: &Mesh) -> Result<Running> {
-        let tunnel = self.start_tunnel(node)?;
+        let tunnel = node.slot.map(|_| self.start_tunnel(node)).transpose()?;
         let agent = self.start_agent(member, node, mesh)?;
         Ok(Running { tunnel, agent })
     }
@@ -106,9 +142,11 @@ impl Carrick {
     pub fn start_agent(&self, member: &Member, node: &Node, mesh: &Mesh) -> Result<Process> {
         let (folder, keys) = (text(mesh.folder())?, text(&keys_dir(&node.host))?);
         let name = &member.name;
-        let arguments = ["agent", "--config-dir", &folder, "--cluster-name", name, "--keys-dir", &keys];
-        let node_name = ["--node-name", node.host.name()];
-        node.host.spawn("agent", &self.binary, &[&arguments[..], &node_name[..]].concat())
+        let own = mesh.own(name).map(|own| text(own.path())).transpose()?;
+        let own = own.iter().flat_map(|own| ["--config-dir", own]).collect();
+        let arguments = vec!["agent", "--config-dir", &folder, "--cluster-name", name, "--keys-dir", &keys];
+        let node_name = vec!["--node-name", node.host.name()];
+        node.host.spawn("agent", &self.binary, &[arguments, own, node_name].concat())
     }
 
     pub fn status(&self, node: &Node) -> Result<Status> {
@@ -121,15 +159,26 @@ impl Carrick {
         node.host.output(&self.binary, &["cleanup"])
     }
 
-    /// Waits until the node's agent is ready and connected to exactly these members.
+    /// Has a gateway move its traffic to the others, and waits until it carries none.
+    pub fn drain(&self, node: &Node) -> Result<()> {
+        let mut drain = node.host.spawn("drain", &self.binary, &["drain"])?;
+        let status = drain.wait(DRAIN_LIMIT)?;
+        ensure!(status.success(), "{}: carrick drain: {status}\n{}", node.host.name(), drain.log()?);
+        Ok(())
+    }
+
+    /// Waits until the node's agent is ready and, on a gateway, every pair of gateways with exactly these members is
+    /// connected. A worker has no peers of its own.
     pub fn wait_connected(&self, node: &Node, members: &[&str], limit: Duration) -> Result<Status> {
-        let wanted: BTreeSet<&str> = members.iter().copied().collect();
+        let wanted: BTreeSet<&str> =
+            if node.slot.is_some() { members.iter().copied().collect() } else { BTreeSet::new() };
         let what = format!("{} to be connected to {}", node.host.name(), members.join(", "));
         wait_for(&what, limit, || {
             let status = self.status(node).map_err(|error| format!("{error:#}"))?;
-            let connected = status.peers.iter().filter(|peer| peer.is_connected());
-            let connected: BTreeSet<&str> = connected.map(|peer| peer.member.as_str()).collect();
-            if status.ready && connected == wanted { Ok(status.clone()) } else { Err(format!("{status:?}")) }
+            let (connected, others): (Vec<_>, Vec<_>) = status.peers.iter().partition(|peer| peer.is_connected());
+            let whole = others.iter().all(|peer| !wanted.contains(peer.member.as_str()));
+            let connected: BTreeSet<&str> = connected.iter().map(|peer| peer.member.as_str()).collect();
+            if status.ready && whole && connected == wanted { Ok(status.clone()) } else { Err(format!("{status:?}")) }
         })
     }
 }
@@ -191,6 +240,46 @@ pub fn difference(before: &BTreeSet<String>, now: &BTreeSet<String>) -> Vec<Stri
 
 fn keys_dir(host: &Host) -> PathBuf {
     host.dir().join("keys")
+}
+
+fn make_keys_dir(host: &Host) -> Result<PathBuf> {
+    let keys = keys_dir(host);
+    if !keys.exists() {
+        fs::DirBuilder::new().mode(0o700).create(&keys).with_context(|| format!("mkdir {}", keys.display()))?;
+    }
+    Ok(keys)
+}
+
+/// The documents of a member of several nodes: its Nodes, and who holds which slot.
+fn write_own(mesh: &mut Mesh, cluster: &Cluster, gateways: &[Gateway]) -> Result<()> {
+    let own = mesh.add_own(&cluster.member.name)?;
+    for node in &cluster.nodes {
+        let name = node.host.name();
+        own.write(&format!("node-{name}.yaml"), &mesh::node(name, &node.ranges, &node.addresses))?;
+    }
+    for ((node, slot), gateway) in cluster.gateways().zip(gateways) {
+        let text = mesh::mesh_gateway(slot, node.host.name(), &node.addresses, &gateway.public_key);
+        own.write(&format!("gateway-{slot}.yaml"), &text)?;
+    }
+    Ok(())
+}
+
+/// Gives all nodes of a member the same new secret, `hop` among their keys: 32 bytes in base64.
+fn share_hop_secret(cluster: &Cluster) -> Result<()> {
+    let first = cluster.nodes.first().context("a member has a node")?;
+    let secret = first.host.output("sh", &["-c", "head -c 32 /dev/urandom | base64"])?;
+    for node in &cluster.nodes {
+        let file = make_keys_dir(&node.host)?.join("hop");
+        let mut options = fs::OpenOptions::new();
+        let mut file = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&file)
+            .with_context(|| format!("{}", file.display()))?;
+        file.write_all(secret.as_bytes()).with_context(|| format!("{}: write the hop secret", node.host.name()))?;
+    }
+    Ok(())
 }
 
 fn text(path: &Path) -> Result<String> {

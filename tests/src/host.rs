@@ -130,6 +130,11 @@ impl Host {
         self.pipe(Path::new("ip"), &["-batch", "-"], commands).map(drop)
     }
 
+    /// Several `bridge` commands, one a line, in one process.
+    pub fn bridge(&self, commands: &str) -> Result<()> {
+        self.pipe(Path::new("bridge"), &["-batch", "-"], commands).map(drop)
+    }
+
     /// Applies a ruleset in one transaction.
     pub fn nft(&self, ruleset: &str) -> Result<()> {
         self.pipe(Path::new("nft"), &["-f", "-"], ruleset).map(drop)
@@ -139,6 +144,17 @@ impl Host {
     pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
         let path = Path::new("/proc/sys").join(name);
         self.run(|| fs::write(&path, value).with_context(|| format!("write {value} to {}", path.display())))
+    }
+
+    /// Sets reverse path filtering of all interfaces, and of those to come: 0 off, 1 strict, 2 loose.
+    pub fn set_rp_filter(&self, mode: u8) -> Result<()> {
+        self.run(|| {
+            for entry in fs::read_dir("/proc/sys/net/ipv4/conf").context("read the sysctls")? {
+                let path = entry?.path().join("rp_filter");
+                fs::write(&path, mode.to_string()).with_context(|| format!("write {mode} to {}", path.display()))?;
+            }
+            Ok(())
+        })
     }
 
     /// Forwards packets of both families.

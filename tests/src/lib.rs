@@ -5,16 +5,21 @@
 //!
 //! - [`member`]: what a member is, and which addresses its parts get: pure data.
 //! - [`topology`]: builds it: [`Lab`], [`Node`], [`Pod`].
+//! - `cni`: what each network plugin sets up on the nodes, and the small BPF programs of two of them.
 //! - [`host`]: one machine of the lab: runs closures and programs inside its namespaces.
 //! - [`guard`]: the life of a lab: however its maker ends, nothing of it stays behind.
 //! - [`carrick`] and [`mesh`]: the program under test, and the folder of manifests that it reads.
-//! - [`traffic`] and [`capture`]: numbered UDP, TCP throughput, HTTP, ping; and what passed on an interface.
+//! - [`traffic`]: numbered UDP, a TCP stream, TCP throughput, HTTP, ping.
+//! - [`capture`] and [`watch`]: what passed on an interface, and on every node's uplink.
+//! - [`faults`]: nodes switched off, links cut, lossy or narrow.
 //!
 //! Invariants: nothing ever appears in the machine's own network namespace, so parallel labs cannot collide; every
 //! process of a lab carries its mark; every file of a lab lies in its one directory.
 
 pub mod capture;
 pub mod carrick;
+mod cni;
+pub mod faults;
 pub mod guard;
 pub mod host;
 pub mod member;
@@ -23,10 +28,11 @@ mod sys;
 pub mod topology;
 pub mod traffic;
 pub mod wait;
+pub mod watch;
 
 pub use carrick::Carrick;
 pub use host::{Host, Process};
-pub use member::Member;
+pub use member::{Cni, Families, Member};
 pub use mesh::Mesh;
 pub use topology::{Lab, Node, Pod};
 pub use wait::wait_for;

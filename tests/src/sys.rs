@@ -1,10 +1,10 @@
-//! The few socket calls that neither std nor nix has. The only unsafe code of the lab.
+//! The few system calls that neither std nor nix has. The only unsafe code of the lab.
 #![allow(unsafe_code)]
 
 use std::{
     io,
     mem::{MaybeUninit, size_of},
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
 /// A packet socket's counters since they were last read: (received, lost because the reader was too slow).
@@ -50,6 +50,83 @@ pub(crate) fn bind_packet(socket: BorrowedFd<'_>, interface: u32, bytes: u32) ->
         libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of::<libc::sockaddr_ll>() as libc::socklen_t)
     };
     check(result)
+}
+
+/// One BPF instruction (`struct bpf_insn`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Instruction {
+    pub(crate) code: u8,
+    pub(crate) registers: u8,
+    pub(crate) offset: i16,
+    pub(crate) immediate: i32,
+}
+
+/// Loads a program for tc or tcx. The error is what the verifier said.
+pub(crate) fn load_classifier(program: &[Instruction]) -> io::Result<OwnedFd> {
+    let mut log = vec![0_u8; 1 << 16];
+    let attributes = LoadProgram {
+        kind: BPF_PROG_TYPE_SCHED_CLS,
+        instruction_count: u32::try_from(program.len()).map_err(io::Error::other)?,
+        instructions: program.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        log_level: 1,
+        log_size: u32::try_from(log.len()).map_err(io::Error::other)?,
+        log: log.as_mut_ptr() as u64,
+    };
+    // SAFETY: the three pointers live through the call, with as much behind them as is said.
+    let fd = unsafe { bpf(BPF_PROG_LOAD, &attributes) }.map_err(|error| {
+        let said = String::from_utf8_lossy(&log);
+        io::Error::new(error.kind(), format!("{error}: {}", said.trim_end_matches('\0')))
+    })?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches a program by tcx, behind those that are there, for as long as the interface lives. In that interface's
+/// network namespace.
+pub(crate) fn attach_tcx(program: BorrowedFd<'_>, interface: u32, egress: bool) -> io::Result<()> {
+    let kind = if egress { BPF_TCX_EGRESS } else { BPF_TCX_INGRESS };
+    let attributes = AttachProgram { interface, program: program.as_raw_fd().cast_unsigned(), kind, rest: [0; 5] };
+    // SAFETY: no pointer is passed.
+    unsafe { bpf(BPF_PROG_ATTACH, &attributes) }.map(drop)
+}
+
+const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_PROG_ATTACH: libc::c_long = 8;
+const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+const BPF_TCX_INGRESS: u32 = 46;
+const BPF_TCX_EGRESS: u32 = 47;
+
+/// The beginning of `union bpf_attr` for each of the two commands: the kernel takes the rest as zeroes.
+#[repr(C)]
+struct LoadProgram {
+    kind: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+}
+
+#[repr(C)]
+struct AttachProgram {
+    interface: u32,
+    program: u32,
+    kind: u32,
+    /// Flags, and the program that this one should be next to.
+    rest: [u32; 5],
+}
+
+/// # Safety
+/// The pointers in `attributes` are what the command wants.
+unsafe fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<RawFd> {
+    // SAFETY: the attributes live through the call, and their size is passed; their pointers are the caller's to vouch for.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>() as libc::c_long)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { RawFd::try_from(result).map_err(io::Error::other) }
 }
 
 /// # Safety

@@ -5,12 +5,13 @@
 //! ```
 //! `siteN`, N the member's id, is the internet's end of a member's uplink: what a member sends and gets passes it.
 
-use std::{fmt::Write as _, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result};
 use ipnetwork::IpNetwork;
 
 use crate::{
+    cni,
     guard::{Guard, HostRecord},
     host::{Host, tail},
     member::{Cni, Member, Site, nth},
@@ -41,10 +42,19 @@ pub struct Cluster {
 #[derive(Debug)]
 pub struct Node {
     pub host: Host,
+    /// Its place among its member's nodes, from 0.
+    pub number: u8,
+    /// Of a gateway.
+    pub slot: Option<u8>,
+    /// IPv4 first, where it has both.
     pub addresses: Vec<IpAddr>,
     /// Each node starts with one.
     pub pods: Vec<Pod>,
-    ranges: Vec<IpNetwork>,
+    /// What its pods get their addresses from, IPv4 first: its `podCIDRs`.
+    pub ranges: Vec<IpNetwork>,
+    /// The switch's end of its uplink: on [`Lab::switch`].
+    pub port: String,
+    cni: Cni,
 }
 
 #[derive(Debug)]
@@ -55,7 +65,7 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Its IPv4 address.
+    /// Its first address: IPv4 if it has one.
     pub fn ip(&self) -> IpAddr {
         self.addresses[0]
     }
@@ -107,6 +117,32 @@ impl Lab {
             .iter()
             .find(|cluster| cluster.member.name == member)
             .with_context(|| format!("no member {member}"))
+    }
+
+    /// The host that a member's nodes are plugged into: its router, or the internet.
+    pub fn switch(&self, member: &str) -> Result<&Host> {
+        Ok(self.cluster(member)?.router.as_ref().unwrap_or(&self.internet))
+    }
+
+    /// The member of a node of this lab.
+    pub fn member_of(&self, node: &Node) -> Result<&Member> {
+        let name = node.host.name();
+        let found = self.nodes().find(|(_, other)| other.host.name() == name);
+        Ok(found.with_context(|| format!("{name} is no node of this lab"))?.0)
+    }
+
+    /// Attaches one more pod to a member's node, with these addresses, which may lie outside the node's ranges.
+    pub fn add_pod_at(&mut self, member: &str, node: usize, addresses: &[IpAddr]) -> Result<()> {
+        let cluster = self.clusters.iter_mut().find(|cluster| cluster.member.name == member);
+        let cluster = cluster.with_context(|| format!("no member {member}"))?;
+        let target = cluster.nodes.get_mut(node).with_context(|| format!("{member} has no node {node}"))?;
+        target.add_pod_at(&self.guard, addresses)?;
+        let target = &cluster.nodes[node];
+        let outside = |ip: &&IpAddr| target.ranges.iter().all(|range| !range.contains(**ip));
+        addresses
+            .iter()
+            .filter(outside)
+            .try_for_each(|ip| cni::connect_pod(cluster.member.cni, &cluster.nodes, target, *ip))
     }
 
     /// Every node of every member, in order.
@@ -165,6 +201,11 @@ impl Drop for Lab {
 }
 
 impl Cluster {
+    /// The gateways and their slots.
+    pub fn gateways(&self) -> impl Iterator<Item = (&Node, u8)> {
+        self.nodes.iter().filter_map(|node| Some((node, node.slot?)))
+    }
+
     fn build(guard: &Arc<Guard>, internet: &Host, member: &Member, site: &Site) -> Result<Cluster> {
         let uplink = format!("site{}", member.id);
         let router = match &site.uplink {
@@ -194,91 +235,80 @@ impl Cluster {
         };
         let mut nodes = Vec::new();
         for (n, addresses) in (0..).zip(&site.nodes) {
-            let node = Node::build(guard, member, n)?;
+            let host = Host::machine(guard, &format!("{}-{n}", member.name))?;
+            host.forward()?;
+            // As systemd sets it on Debian: of each interface, not of `all`.
+            host.sysctl("net/ipv4/conf/default/rp_filter", "2")?;
             let cable_end = format!("{port}-{n}");
-            cable(switch, &cable_end, &node.host, "eth0")?;
+            cable(switch, &cable_end, &host, "eth0")?;
             switch.ip(&format!("link set {cable_end} master {port} up"))?;
-            address(&node.host, "eth0", addresses)?;
-            gateway(&node.host, &site.gateway)?;
-            let addresses = addresses.iter().map(IpNetwork::ip).collect();
-            nodes.push(Node { addresses, ..node });
+            let addresses = member.node_addresses(addresses);
+            address(&host, "eth0", &addresses)?;
+            gateway(&host, &member.node_addresses(&site.gateway))?;
+            nodes.push(Node::build(guard, member, n, host, &addresses, cable_end)?);
         }
-        connect_pods(&nodes)?;
+        cni::connect(member.cni, &nodes)?;
+        if member.cni == Cni::Fabric {
+            cni::fabric(switch, &format!("fabric-{uplink}"), &nodes)?;
+        }
         Ok(Cluster { member: member.clone(), uplink, router, nodes })
     }
 }
 
 impl Node {
-    /// Without its uplink.
-    fn build(guard: &Arc<Guard>, member: &Member, n: u8) -> Result<Node> {
-        let host = Host::machine(guard, &format!("{}-{n}", member.name))?;
-        host.forward()?;
-        // As systemd sets it on Debian.
-        host.sysctl("net/ipv4/conf/default/rp_filter", "2")?;
-        let ranges = member.node_pods(n)?;
-        let gateways = ranges.iter().map(|range| nth(*range, 1)).collect::<Result<Vec<_>>>()?;
-        bridge(&host, "cni0", &gateways)?;
-        match member.cni {
-            Cni::Bridge => host.nft(&flannel(&member.pod_ranges(), &ranges))?,
-        }
-        let mut node = Node { host, addresses: Vec::new(), pods: Vec::new(), ranges };
+    fn build(
+        guard: &Arc<Guard>,
+        member: &Member,
+        number: u8,
+        host: Host,
+        addresses: &[IpNetwork],
+        port: String,
+    ) -> Result<Node> {
+        let ranges = member.node_pods(number)?;
+        cni::prepare(&host, member, &ranges)?;
+        let addresses = addresses.iter().map(IpNetwork::ip).collect();
+        let slot = (number < member.gateways).then_some(number);
+        let mut node = Node { host, number, slot, addresses, pods: Vec::new(), ranges, port, cni: member.cni };
         node.add_pod(guard)?;
         Ok(node)
     }
 
-    /// Attaches one more pod to the node's bridge, with the next addresses.
+    /// Attaches one more pod to the node, with the next addresses of its ranges.
     pub fn add_pod(&mut self, guard: &Arc<Guard>) -> Result<&Pod> {
         let n = u8::try_from(self.pods.len()).context("too many pods")?;
-        let pod = Host::network(guard, &format!("{}-pod-{n}", self.host.name()))?;
-        let cable_end = format!("pod{n}");
-        cable(&self.host, &cable_end, &pod, "eth0")?;
-        self.host.ip(&format!("link set {cable_end} master cni0 up"))?;
-        let own = self.ranges.iter().map(|range| nth(*range, n + 2)).collect::<Result<Vec<_>>>()?;
-        let gateways = self.ranges.iter().map(|range| nth(*range, 1)).collect::<Result<Vec<_>>>()?;
-        address(&pod, "eth0", &own)?;
-        gateway(&pod, &gateways)?;
-        self.pods.push(Pod { host: pod, addresses: own.iter().map(IpNetwork::ip).collect() });
-        Ok(&self.pods[usize::from(n)])
+        let own = self.ranges.iter().map(|range| Ok(nth(*range, n + 2)?.ip())).collect::<Result<Vec<_>>>()?;
+        self.add_pod_at(guard, &own)
+    }
+
+    fn add_pod_at(&mut self, guard: &Arc<Guard>, addresses: &[IpAddr]) -> Result<&Pod> {
+        let n = self.pods.len();
+        let host = Host::network(guard, &format!("{}-pod-{n}", self.host.name()))?;
+        cni::attach_pod(self, self.cni, &format!("pod{n}"), &host, addresses)?;
+        self.pods.push(Pod { host, addresses: addresses.to_vec() });
+        Ok(&self.pods[n])
     }
 }
 
 /// A cable between two hosts, up at both ends. Made inside them: nothing appears anywhere else.
-fn cable(a: &Host, a_end: &str, b: &Host, b_end: &str) -> Result<()> {
+pub(crate) fn cable(a: &Host, a_end: &str, b: &Host, b_end: &str) -> Result<()> {
     a.ip(&format!("link add {a_end} type veth peer name {b_end} netns {}\nlink set {a_end} up", b.pid()))?;
     b.ip(&format!("link set {b_end} up"))
 }
 
-fn bridge(host: &Host, name: &str, addresses: &[IpNetwork]) -> Result<()> {
+pub(crate) fn bridge(host: &Host, name: &str, addresses: &[IpNetwork]) -> Result<()> {
     host.ip(&format!("link add {name} type bridge mcast_snooping 0\nlink set {name} up"))?;
     address(host, name, addresses)
 }
 
-fn address(host: &Host, link: &str, addresses: &[IpNetwork]) -> Result<()> {
+pub(crate) fn address(host: &Host, link: &str, addresses: &[IpNetwork]) -> Result<()> {
     let lines: Vec<String> = addresses.iter().map(|address| format!("addr add {address} dev {link}")).collect();
     host.ip(&lines.join("\n"))
 }
 
 /// Default routes through these routers.
-fn gateway(host: &Host, routers: &[IpNetwork]) -> Result<()> {
+pub(crate) fn gateway(host: &Host, routers: &[IpNetwork]) -> Result<()> {
     let lines: Vec<String> = routers.iter().map(|router| format!("route add default via {}", router.ip())).collect();
     host.ip(&lines.join("\n"))
-}
-
-/// Routes between the pods of one member's nodes, as flannel's host-gw backend makes them.
-fn connect_pods(nodes: &[Node]) -> Result<()> {
-    for node in nodes {
-        let mut lines = String::new();
-        for other in nodes.iter().filter(|other| other.host.name() != node.host.name()) {
-            for range in &other.ranges {
-                let via = other.addresses.iter().find(|address| address.is_ipv4() == range.is_ipv4());
-                let via =
-                    via.with_context(|| format!("{} has no address of the family of {range}", other.host.name()))?;
-                writeln!(lines, "route add {range} via {via}")?;
-            }
-        }
-        node.host.ip(&lines)?;
-    }
-    Ok(())
 }
 
 /// A home or office router: masquerades, and lets in only answers. IPv6 is routed, behind the same stateful firewall.
@@ -303,28 +333,3 @@ table inet filter {
     }
 }
 "#;
-
-/// flannel's rules, for both families: what leaves the pod range is masqueraded, and so is what enters it for another
-/// node; forwarding is accepted.
-fn flannel(cluster: &[IpNetwork], node: &[IpNetwork]) -> String {
-    let mut rules = String::new();
-    for (cluster, node) in cluster.iter().zip(node) {
-        let (ip, multicast) = if cluster.is_ipv4() { ("ip", "224.0.0.0/4") } else { ("ip6", "ff00::/8") };
-        rules.push_str(&format!(
-            "        {ip} saddr {cluster} {ip} daddr {cluster} return
-        {ip} saddr {cluster} {ip} daddr != {multicast} masquerade
-        {ip} saddr != {cluster} {ip} daddr {node} return
-        {ip} saddr != {cluster} {ip} daddr {cluster} masquerade\n"
-        ));
-    }
-    format!(
-        "table inet flannel {{
-    chain postrouting {{
-        type nat hook postrouting priority srcnat; policy accept;
-{rules}    }}
-    chain forward {{
-        type filter hook forward priority filter; policy accept;
-    }}
-}}"
-    )
-}

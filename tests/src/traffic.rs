@@ -2,6 +2,7 @@
 
 pub mod http;
 pub mod ping;
+pub mod stream;
 pub mod tcp;
 pub mod udp;
 

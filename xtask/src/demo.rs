@@ -2,19 +2,21 @@
 //!
 //! The table, or the JSON, goes to standard output; progress to standard error.
 
+mod gateways;
+
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use ::lab::{
-    Carrick, Lab, Member, Mesh, Node,
+    Carrick, Cni, Lab, Member, Mesh, Node,
     capture::{Capture, Expected, Seen},
-    carrick::{DEVICES, Running, TUNNEL_PORT, difference, snapshot},
+    carrick::{DEVICES, HOP_PORT, Running, TUNNEL_PORT, difference, snapshot},
     guard::Guard,
     traffic::{http, ping::ping, tcp, udp::Flow},
     wait_for,
@@ -25,6 +27,10 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{lab::end_on_interrupt, process};
+
+/// Whether `carrick` steers between nodes and gateways: with false the members have one node each, and the demo shows
+/// what such members can.
+const DATA_PLANE: bool = false;
 
 const PORT: u16 = 8080;
 /// Between packets of numbered UDP.
@@ -44,6 +50,9 @@ pub struct Args {
     /// Run this carrick instead of building one.
     #[arg(long, value_name = "PATH")]
     carrick: Option<PathBuf>,
+    /// Upgrade the agents to this carrick, instead of a copy of the first.
+    #[arg(long, value_name = "PATH")]
+    upgrade: Option<PathBuf>,
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
 }
@@ -85,11 +94,15 @@ pub fn run(args: &Args, build: impl FnOnce() -> Result<PathBuf>) -> Result<bool>
 }
 
 fn checks(args: &Args, carrick: &Carrick, guard: Arc<Guard>) -> Result<Vec<Check>> {
-    say("two members, an internet and a NAT router, from network namespaces");
-    let [mn, va] = Member::pair();
+    let [mn, va] = if DATA_PLANE { Member::pair_of_three(Cni::Bridge) } else { Member::pair() };
+    let (nodes, gateways) = (mn.nodes, mn.gateways);
+    say(&format!(
+        "from network namespaces: an internet, a NAT router, two members; of each nodes: {nodes}, gateways: {gateways}"
+    ));
     let mn = Member { allowed: vec![LATER_RANGE.parse()?], ..mn };
     let lab = Lab::build(guard, &[mn, va])?;
-    let mut demo = Demo { carrick, lab: &lab, keep: args.keep, step: "start", checks: Vec::new() };
+    let upgrade = args.upgrade.as_deref();
+    let mut demo = Demo { carrick, upgrade, lab: &lab, keep: args.keep, step: "start", checks: Vec::new() };
     let running = demo.all().unwrap_or_else(|error| {
         let value = format!("{error:#}").into();
         demo.checks.push(Check { name: demo.step.to_owned(), ok: false, value, unit: "" });
@@ -101,10 +114,7 @@ fn checks(args: &Args, carrick: &Carrick, guard: Arc<Guard>) -> Result<Vec<Check
         lab.show_logs();
     }
     if args.keep {
-        for Running { tunnel, agent } in running {
-            agent.detach();
-            tunnel.detach();
-        }
+        running.into_iter().for_each(Running::detach);
         let name = lab.name().to_owned();
         for (_, node) in lab.nodes() {
             for host in [&node.host, &node.pods[0].host] {
@@ -120,6 +130,7 @@ fn checks(args: &Args, carrick: &Carrick, guard: Arc<Guard>) -> Result<Vec<Check
 /// The demo as it runs.
 struct Demo<'a> {
     carrick: &'a Carrick,
+    upgrade: Option<&'a Path>,
     lab: &'a Lab,
     keep: bool,
     /// What is being tried: the name of the failed check, should it fail with an error.
@@ -144,12 +155,15 @@ impl Demo<'_> {
 
         self.begin("connected");
         let mesh = self.carrick.write_mesh(lab)?;
+        if mesh.own("mn").is_some() {
+            mesh.write_pod("mn", "later", &mn.nodes[0], &[LATER_ADDRESS.parse()?])?;
+        }
         let start = Instant::now();
         let mut running = Vec::new();
         for (member, node) in lab.nodes() {
             running.push(self.carrick.start(member, node, &mesh)?);
         }
-        self.connected(&ends, start)?;
+        self.connected(start)?;
 
         let captures = self.capture()?;
         self.pings(&ends)?;
@@ -158,9 +172,12 @@ impl Demo<'_> {
         let mut seen = stop(captures)?;
         self.added_route(&mesh, &ends)?;
         let captures = self.capture()?;
-        let running = self.killed_agents(&mesh, running, &ends)?;
+        let mut running = self.killed_agents(&mesh, running, &ends)?;
         seen.add(stop(captures)?);
         self.underlay(&seen);
+        if DATA_PLANE {
+            self.gateways(&mesh, &mut running)?;
+        }
 
         if self.keep {
             return Ok(running);
@@ -169,11 +186,14 @@ impl Demo<'_> {
         Ok(Vec::new())
     }
 
-    fn connected(&mut self, ends: &Ends, start: Instant) -> Result<()> {
-        for (_, node, remote, _) in ends {
-            self.carrick.wait_connected(node, &[&remote.name], CONNECT_LIMIT)?;
+    fn connected(&mut self, start: Instant) -> Result<()> {
+        let [mn, va] = ["mn", "va"];
+        for (member, node) in self.lab.nodes() {
+            let remote = if member.name == mn { va } else { mn };
+            self.carrick.wait_connected(node, &[remote], CONNECT_LIMIT)?;
             let seconds = tenths(start.elapsed().as_secs_f64());
-            self.hold(format!("{} connected to {}", node.host.name(), remote.name), true, seconds, "s");
+            let what = if node.slot.is_some() { format!("connected to {remote}") } else { "ready".to_owned() };
+            self.hold(format!("{} {what}", node.host.name()), true, seconds, "s");
         }
         Ok(())
     }
@@ -247,9 +267,7 @@ impl Demo<'_> {
             sleep(Duration::from_secs(1));
             restarted.push(Running { tunnel, agent: self.carrick.start_agent(member, node, mesh)? });
         }
-        for (_, node, remote, _) in ends {
-            self.carrick.wait_connected(node, &[&remote.name], CONNECT_LIMIT)?;
-        }
+        self.all_connected()?;
         sleep(Duration::from_secs(1));
         let report = flow.stop()?;
         say(&format!("{} packets sent, longest gap {} ms", report.sent, report.back.longest_gap_ms));
@@ -261,6 +279,7 @@ impl Demo<'_> {
     fn capture(&self) -> Result<Vec<Capture>> {
         let expected = Expected {
             tunnel: TUNNEL_PORT..=TUNNEL_PORT + DEVICES - 1,
+            hop: HOP_PORT,
             private: self.lab.clusters.iter().flat_map(|cluster| cluster.member.allowed_ranges()).collect(),
         };
         let start = |uplink: &str| Capture::start(&self.lab.internet, uplink, expected.clone());
@@ -281,10 +300,7 @@ impl Demo<'_> {
 
     fn cleanup(&mut self, running: Vec<Running>, before: &[BTreeSet<String>]) -> Result<()> {
         self.begin("cleanup");
-        for Running { tunnel, agent } in running {
-            agent.terminate(STOP_LIMIT)?;
-            tunnel.terminate(STOP_LIMIT)?;
-        }
+        running.into_iter().try_for_each(|running| running.terminate(STOP_LIMIT))?;
         for ((_, node), before) in self.lab.nodes().zip(before) {
             self.carrick.cleanup(node)?;
             let left = difference(before, &snapshot(node)?);

@@ -9,7 +9,7 @@ use std::{
 };
 
 use ::lab::{
-    Lab, Member,
+    Cni, Lab, Member,
     guard::{self, Guard, Record},
     host,
 };
@@ -37,6 +37,12 @@ enum Action {
         /// Nodes of each member.
         #[arg(long, default_value_t = 1)]
         nodes: u8,
+        /// Gateways of each member: its first nodes.
+        #[arg(long, default_value_t = 1)]
+        gateways: u8,
+        /// Network plugin of each member: bridge, host-routing, skip-fib, fabric or strict.
+        #[arg(long, default_value = "bridge")]
+        cni: Cni,
     },
     /// Removes a lab: its processes, namespaces, links and files.
     Down {
@@ -57,7 +63,10 @@ enum Action {
 /// True: a lab that cannot be made is an error.
 pub fn run(args: &Args) -> Result<bool> {
     match &args.command {
-        Action::Up { name, members, nodes } => up(name, members, *nodes)?,
+        Action::Up { name, members, nodes, gateways, cni } => {
+            let shaped = |member| Member { nodes: *nodes, gateways: *gateways, cni: *cni, ..member };
+            up(name, members, shaped)?;
+        }
         Action::Down { name } => guard::down(name)?,
         Action::Enter { name, host, command } => enter(name, host, command)?,
         Action::List => guard::list()?.iter().try_for_each(print)?,
@@ -84,8 +93,8 @@ pub fn end_on_interrupt(guard: &Arc<Guard>) {
     });
 }
 
-fn up(name: &str, members: &[String], nodes: u8) -> Result<()> {
-    let member = |(id, text): (u16, &String)| Ok(Member { nodes, ..Member::parse(text, id)? });
+fn up(name: &str, members: &[String], shaped: impl Fn(Member) -> Member) -> Result<()> {
+    let member = |(id, text): (u16, &String)| Ok(shaped(Member::parse(text, id)?));
     let members = (1..).zip(members).map(member).collect::<Result<Vec<_>>>()?;
     let guard = Guard::named(name)?;
     end_on_interrupt(&guard);

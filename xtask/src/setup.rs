@@ -225,10 +225,10 @@ pub fn plan(command: For, missing: &[&Need], os: &Os) -> Plan {
     // A package can be had by root on Debian 12; the other three cannot be had by a program at all.
     let beyond_us = |need: &&Need| match need.what {
         What::Root | What::Namespaces => true,
-        What::File(_) | What::Program(_) | What::BpfCompiler | What::GoOrVenv => {
+        What::File(_) | What::Program(_) | What::BpfCompiler | What::Llvm | What::GoOrVenv => {
             need.packages.is_none() || !root || !os.was_tried()
         }
-        What::Component(..) | What::Go | What::Built(_) => false,
+        What::Component(..) | What::Go | What::BpfLinker | What::Built(_) => false,
     };
     if missing.iter().any(beyond_us) {
         return Plan::Refuse(message(command, missing, root, os));

@@ -1,6 +1,9 @@
 //! `carrick plan`.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use anyhow::Context;
 use serde::Serialize;
@@ -16,7 +19,7 @@ use crate::{
     resolve::{Resolved, Resolver},
     source,
     state::Op,
-    survey::{Keys, View, survey},
+    survey::{Found, Keys, View, node_name, survey},
     tunnel::client::Client,
 };
 
@@ -44,10 +47,13 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     let bpf = Bpf::new(&args.node.backend.bpffs, &args.node.backend.run_dir)?;
     let mut kernel = Linux::new(client, keys.secrets(), bpf).context("cannot open netlink sockets")?;
     let reader = facts::Reader::new().context("cannot open netlink sockets")?;
-    let node = reader.read(&BTreeSet::new()).await.context("cannot read this node's links and addresses")?;
+    let internal = view.intent.addresses_of(&node_name(&args.node));
+    let node = reader.read(&internal).await.context("cannot read this node's links and addresses")?;
     let reading = kernel.read().await;
+    // A path MTU that only the agent's probes know shows in no plan made here.
+    let found = Found { node: &node, resolved: &resolved, reading: &reading, mtus: BTreeMap::new() };
     let clock = (&mut Dialer::default(), Duration::ZERO);
-    let survey = survey(&view, &keys, &node, &resolved, &reading, &args.node, clock);
+    let survey = survey(&view, &keys, found, &args.node, clock);
     let operations = diff(&survey.desired, &reading.state);
     let (waiting, operations): (Vec<Op>, Vec<Op>) =
         operations.into_iter().partition(|operation| waits(operation, survey.complete, &reading, &[]));

@@ -124,8 +124,8 @@ fn two_members() {
         expect![[r#"
         ip route replace throw fd77:8bad:2517:1::1/128 table 7474
         ip route replace throw fd77:8bad:2517:1::1/128 table 7473
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } hop 27472 nodes {  }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } hop 27472 nodes {  } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         wg set carrick-wg0 listen-port 27473 private-key <of K0>
         bpf maps load
         bpf map set home 10.42.0.0/16 here
@@ -143,7 +143,7 @@ fn two_members() {
         ip link set carrick-hop mtu 1430 addrgenmode none up
         ip link set carrick-wg0 mtu 1420 addrgenmode none up
         wg set carrick-wg0 peer K10 persistent-keepalive 25 allowed-ips +10.44.0.0/16,+fd77:8bad:2517:2::/64
-        ip address add fd77:8bad:2517:1::1/128 dev lo
+        ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
         ip -6 rule add priority 11 lookup 7473
@@ -171,8 +171,8 @@ fn a_device_for_each_remote_ordinal_and_both_families() {
         expect![[r#"
         ip route replace throw fd77:8bad:2517:1::1/128 table 7474
         ip route replace throw fd77:8bad:2517:1::1/128 table 7473
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16, fd00:42::/48 . fd00:44::/48, fd00:44::/48 . fd00:42::/48 } hop 27472 nodes {  }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16, fd00:42::/48 . fd00:44::/48, fd00:44::/48 . fd00:42::/48 } hop 27472 nodes {  } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         wg set carrick-wg0 listen-port 27473 private-key <of K0>
         wg set carrick-wg1 listen-port 27474 private-key <of K0>
         bpf maps load
@@ -201,7 +201,7 @@ fn a_device_for_each_remote_ordinal_and_both_families() {
         wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+fd00:44::/48,+fd77:8bad:2517:2::/64
         wg set carrick-wg1 peer K21 allowed-ips +10.45.0.0/16,+fd77:8bad:2517:3::/64
         wg set carrick-wg1 peer K11 allowed-ips +10.44.0.0/16,+fd00:44::/48,+fd77:8bad:2517:2::/64
-        ip address add fd77:8bad:2517:1::1/128 dev lo
+        ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
         ip -6 rule add priority 11 lookup 7473
@@ -235,8 +235,8 @@ fn only_what_is_offered_here_is_routed_and_only_what_is_offered_there_is_admitte
         expect![[r#"
         ip route replace throw fd77:8bad:2517:1::1/128 table 7474
         ip route replace throw fd77:8bad:2517:1::1/128 table 7473
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.46.0.0/16, 10.43.0.0/16 . 10.45.0.0/16, 10.43.0.0/16 . 10.46.0.0/16, 10.45.0.0/16 . 10.43.0.0/16, 10.46.0.0/16 . 10.42.0.0/16, 10.46.0.0/16 . 10.43.0.0/16 } hop 27472 nodes {  }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.46.0.0/16, 10.43.0.0/16 . 10.45.0.0/16, 10.43.0.0/16 . 10.46.0.0/16, 10.45.0.0/16 . 10.43.0.0/16, 10.46.0.0/16 . 10.42.0.0/16, 10.46.0.0/16 . 10.43.0.0/16 } hop 27472 nodes {  } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         wg set carrick-wg0 listen-port 27473 private-key <of K0>
         bpf maps load
         bpf map set home 10.42.0.0/16 here
@@ -259,7 +259,7 @@ fn only_what_is_offered_here_is_routed_and_only_what_is_offered_there_is_admitte
         ip link set carrick-wg0 mtu 1420 addrgenmode none up
         wg set carrick-wg0 peer K10 allowed-ips +10.46.0.0/16,+fd77:8bad:2517:2::/64
         wg set carrick-wg0 peer K20 allowed-ips +10.45.0.0/16,+fd77:8bad:2517:3::/64
-        ip address add fd77:8bad:2517:1::1/128 dev lo
+        ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
         ip -6 rule add priority 11 lookup 7473
@@ -308,8 +308,8 @@ fn nested_prefixes_of_a_member_are_routed_each_and_permitted_once() {
         expect![[r#"
         ip route replace throw fd77:8bad:2517:1::1/128 table 7474
         ip route replace throw fd77:8bad:2517:1::1/128 table 7473
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } hop 27472 nodes {  }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } hop 27472 nodes {  } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         wg set carrick-wg0 listen-port 27473 private-key <of K0>
         bpf maps load
         bpf map set home 10.42.0.0/16 here
@@ -331,7 +331,7 @@ fn nested_prefixes_of_a_member_are_routed_each_and_permitted_once() {
         ip link set carrick-hop mtu 1430 addrgenmode none up
         ip link set carrick-wg0 mtu 1420 addrgenmode none up
         wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+10.44.0.0/24,+10.44.8.0/24,+fd77:8bad:2517:2::/64
-        ip address add fd77:8bad:2517:1::1/128 dev lo
+        ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
         ip -6 rule add priority 11 lookup 7473
@@ -367,16 +367,16 @@ fn an_endpoint_inside_a_remote_range_is_carved_out() {
         ip route replace throw 10.44.7.7/32 table 7473
         ip route replace throw 10.44.9.9/32 table 7473
         ip route replace throw fd77:8bad:2517:1::1/128 table 7473
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } hop 27472 nodes {  }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } hop 27472 nodes {  } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         wg set carrick-wg0 listen-port 27473 private-key <of K0>
         bpf maps load
         bpf map set home 10.42.0.0/16 here
         bpf map set home fd77:8bad:2517:1::1/128 here
         bpf map set own 10.42.0.0/16 offered to { 2, 3 }
-        bpf map set remote 10.44.0.0/16 member 2
         bpf map set remote 10.44.7.7/32 carved out of member 2
         bpf map set remote 10.44.9.9/32 carved out of member 2
+        bpf map set remote 10.44.0.0/16 member 2
         bpf map set remote 10.45.0.0/16 member 3
         bpf map set remote fd77:8bad:2517:1::/64 overlay of member 1
         bpf map set remote fd77:8bad:2517:2::/64 overlay of member 2
@@ -391,7 +391,7 @@ fn an_endpoint_inside_a_remote_range_is_carved_out() {
         ip link set carrick-wg0 mtu 1420 addrgenmode none up
         wg set carrick-wg0 peer K10 persistent-keepalive 25 allowed-ips +10.44.0.0/16,+fd77:8bad:2517:2::/64
         wg set carrick-wg0 peer K20 persistent-keepalive 25 allowed-ips +10.45.0.0/16,+fd77:8bad:2517:3::/64
-        ip address add fd77:8bad:2517:1::1/128 dev lo
+        ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
         ip -6 rule add priority 11 lookup 7473
@@ -425,8 +425,8 @@ fn a_preshared_key_that_cannot_be_used_leaves_its_member_out() {
         expect![[r#"
         ip route replace throw fd77:8bad:2517:1::1/128 table 7474
         ip route replace throw fd77:8bad:2517:1::1/128 table 7473
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } hop 27472 nodes {  }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } hop 27472 nodes {  } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         wg set carrick-wg0 listen-port 27473 private-key <of K0>
         bpf maps load
         bpf map set home 10.42.0.0/16 here
@@ -446,7 +446,7 @@ fn a_preshared_key_that_cannot_be_used_leaves_its_member_out() {
         ip link set carrick-hop mtu 1430 addrgenmode none up
         ip link set carrick-wg0 mtu 1420 addrgenmode none up
         wg set carrick-wg0 peer K20 preshared-key <0707070707070707> allowed-ips +10.45.0.0/16,+fd77:8bad:2517:3::/64
-        ip address add fd77:8bad:2517:1::1/128 dev lo
+        ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
         ip -6 rule add priority 11 lookup 7473
@@ -526,8 +526,8 @@ fn a_gateway_among_other_nodes() {
         expect![[r#"
         ip route replace throw fd77:8bad:2517:1::2/128 table 7474
         ip route replace throw fd77:8bad:2517:1::2/128 table 7473
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.1, 192.0.2.3, 2001:db8::1 }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.1, 192.0.2.3, 2001:db8::1 } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         wg set carrick-wg0 listen-port 27473 private-key <of K1>
         wg set carrick-wg1 listen-port 27474 private-key <of K1>
         bpf maps load
@@ -564,7 +564,7 @@ fn a_gateway_among_other_nodes() {
         ip link set carrick-wg1 mtu 1420 addrgenmode none up
         wg set carrick-wg0 peer K10 persistent-keepalive 25 allowed-ips +10.44.0.0/16,+fd77:8bad:2517:2::/64
         wg set carrick-wg1 peer K11 persistent-keepalive 25 allowed-ips +10.44.0.0/16,+fd77:8bad:2517:2::/64
-        ip address add fd77:8bad:2517:1::2/128 dev lo
+        ip address add fd77:8bad:2517:1::2/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
         ip -6 rule add priority 11 lookup 7473
@@ -589,8 +589,8 @@ fn a_worker() {
         expect![[r#"
         ip route replace throw fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 table 7474
         ip route replace throw fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 table 7473
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.1, 192.0.2.2, 2001:db8::1 }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.1, 192.0.2.2, 2001:db8::1 } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         bpf maps load
         bpf map set home 10.42.1.0/24 on 192.0.2.1
         bpf map set home 10.42.2.0/24 on 192.0.2.2
@@ -617,7 +617,7 @@ fn a_worker() {
         bpf attach eth0 egress program steer_native
         bpf attach carrick-hop ingress program from_hop
         ip link set carrick-hop mtu 1430 addrgenmode none up
-        ip address add fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 dev lo
+        ip address add fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
         ip -6 rule add priority 11 lookup 7473
@@ -638,8 +638,8 @@ fn a_worker_without_ipv6_has_no_overlay_address() {
         MANY,
         &Facts { ipv6: false, ..at("n3", &[]) },
         expect![[r#"
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.1, 192.0.2.2, 2001:db8::1 }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.1, 192.0.2.2, 2001:db8::1 } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         bpf maps load
         bpf map set home 10.42.1.0/24 on 192.0.2.1
         bpf map set home 10.42.2.0/24 on 192.0.2.2
@@ -680,8 +680,8 @@ fn a_gateway_without_ipv6_works_as_a_worker() {
         MANY,
         &Facts { ipv6: false, ..at("n1", &[0]) },
         expect![[r#"
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.2, 192.0.2.3 }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.2, 192.0.2.3 } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         bpf maps load
         bpf map set home 10.42.1.0/24 here
         bpf map set home 10.42.2.0/24 on 192.0.2.2
@@ -724,8 +724,8 @@ fn a_gateway_whose_key_the_folder_does_not_name_works_as_a_worker() {
         expect![[r#"
         ip route replace throw fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 table 7474
         ip route replace throw fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 table 7473
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.2, 192.0.2.3 }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.2, 192.0.2.3 } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         bpf maps load
         bpf map set home 10.42.1.0/24 here
         bpf map set home 10.42.2.0/24 on 192.0.2.2
@@ -751,7 +751,7 @@ fn a_gateway_whose_key_the_folder_does_not_name_works_as_a_worker() {
         bpf attach eth0 egress program steer_native
         bpf attach carrick-hop ingress program from_hop
         ip link set carrick-hop mtu 1430 addrgenmode none up
-        ip address add fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 dev lo
+        ip address add fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
         ip -6 rule add priority 11 lookup 7473
@@ -775,8 +775,8 @@ fn several_nodes_without_a_hop_secret() {
         expect![[r#"
         ip route replace throw fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 table 7474
         ip route replace throw fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 table 7473
-        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.1, 192.0.2.2, 2001:db8::1 }
-        ip link add carrick-hop type vxlan external dstport 27472 srcport 27456 27471 nolearning
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.1, 192.0.2.2, 2001:db8::1 } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
         bpf maps load
         bpf map set home 10.42.1.0/24 on 192.0.2.1
         bpf map set home 10.42.2.0/24 on 192.0.2.2
@@ -803,7 +803,7 @@ fn several_nodes_without_a_hop_secret() {
         bpf attach eth0 egress program steer_native
         bpf attach carrick-hop ingress program from_hop
         ip link set carrick-hop mtu 1430 addrgenmode none up
-        ip address add fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 dev lo
+        ip address add fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
         ip -6 rule add priority 11 lookup 7473
@@ -1005,6 +1005,7 @@ proptest! {
                 let config = config(&maps);
                 prop_assert!(config.wireguard.iter().eq(state.wireguard.keys()));
                 prop_assert!(config.slot.is_some() || state.wireguard.is_empty());
+                prop_assert!(config.slot.is_none_or(|slot| !config.gateways.contains_key(&slot)));
                 prop_assert_eq!(state.overlay.iter().collect::<Vec<_>>(), if facts.ipv6 { vec![&config.overlay] } else { vec![] });
                 prop_assert_eq!(maps.homes.get(&IpNetwork::from(IpAddr::from(config.overlay))), Some(&Home::Here));
             }

@@ -360,10 +360,13 @@ metadata:
 
     #[test]
     fn nodes_and_pods_as_kubectl_prints_them() {
-        check(KUBECTL, expect![[r#"
+        check(
+            KUBECTL,
+            expect![[r#"
             3 Node/n1
             50 Pod/kube-system/coredns-5688667fd4-abcde
-        "#]]);
+        "#]],
+        );
         let items = parse(KUBECTL.as_bytes()).unwrap();
         expect![[r#"
             [
@@ -414,7 +417,8 @@ metadata:
                         },
                     },
                 ),
-            ]"#]].assert_eq(&format!("{:#?}", items.iter().map(|item| &item.object).collect::<Vec<_>>()));
+            ]"#]]
+        .assert_eq(&format!("{:#?}", items.iter().map(|item| &item.object).collect::<Vec<_>>()));
     }
 
     /// The fields that are read are read as strictly as others.
@@ -432,7 +436,9 @@ metadata:
             pod("spec: {hostNetwork: 'yes'}"),
             pod("status: {podIPs: [10.0.0.1]}"),
         ];
-        check_each(&bad, expect![[r#"
+        check_each(
+            &bad,
+            expect![[r#"
             line 1 (1): metadata.namespace: a Node belongs to no namespace: leave the field out
             line 1 (1): apiVersion: Node is of v1, not of "carrick.dev/v1alpha1"
             line 1 (1): apiVersion: MeshGateway is of carrick.dev/v1alpha1, not of "v1"
@@ -442,7 +448,8 @@ metadata:
             line 1 (1): spec.nodeName: is the number 7, must be a text: put it in quotes
             line 1 (1): spec.hostNetwork: is a text, must be a boolean
             line 1 (1): status.podIPs[0]: is a text, must be a mapping
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Invariant: a decision changes neither packet nor skb; besides its [`Verdict`] it only notes that a member has traffic.
 
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
-use ebpf::{Config, IDLE_NS, NO_SLOT, Reason, Remote, SLOTS, TRAFFIC_NS, choose, flow, probe, remote};
+use ebpf::{Config, IDLE_NS, NO_SLOT, Reason, Remote, SLOTS, TRAFFIC_NS, choose, flow, probe, remote, sent};
 
 use super::{
     maps::{self, NONE, Words, words},
@@ -96,20 +96,13 @@ pub fn steer(skb: Skb, config: &Config) -> Decision {
 /// Egress of a native device.
 #[inline(always)]
 pub fn steer_native(skb: Skb, config: &Config, packet: &Packet) -> Decision {
-    let ports = packet.udp_ports(skb);
-    let own = skb.ingress_ifindex() == 0;
-    if !own && ports.is_some_and(|(_, to)| to == config.hop_port) && maps::node(&packet.destination).is_some() {
+    let forwarded = skb.ingress_ifindex() != 0;
+    let to_hop = forwarded && packet.udp_ports(skb).is_some_and(|(_, to)| to == config.hop_port);
+    if to_hop && maps::node(&packet.destination).is_some() {
         return Err(Reason::HopForged);
     }
     match maps::remote(&packet.destination) {
-        Some(Remote { member, kind: remote::RANGE, .. }) => {
-            let first = config.wireguard_port;
-            let ours = |port: u16| (first..first.saturating_add(u16::from(SLOTS))).contains(&port);
-            if own && ports.is_some_and(|(from, _)| ours(from)) {
-                return Err(Reason::Loop);
-            }
-            to_member(skb, config, packet, *member, Hops::Any)
-        }
+        Some(Remote { member, kind: remote::RANGE, .. }) => to_member(skb, config, packet, *member, Hops::Any),
         Some(Remote { kind: remote::OVERLAY, .. }) => Err(Reason::NotForOverlay),
         _ => Ok(Verdict::of(Kind::Next, 0)),
     }
@@ -175,14 +168,15 @@ pub fn from_peer(skb: Skb, config: &Config, l2: u32) -> Decision {
         return Err(Reason::NotOffered);
     }
     let Some(home) = maps::home(&packet.destination) else { return Err(Reason::NoHome) };
+    let wire = packet.on_wire(skb);
     if home == NONE || packet.ttl <= 1 {
-        return Ok(Verdict::of(Kind::Inject, 0));
+        return Ok(Verdict::of(Kind::Inject, 0).counted(sent::FROM_PEERS, wire));
     }
     let limit = u32::from(config.hop_mtu);
-    if packet.on_wire(skb).largest > limit {
+    if wire.largest > limit {
         return Ok(Verdict::of(Kind::TooBig, limit));
     }
-    Ok(Verdict::node(home).as_hop(true))
+    Ok(Verdict::node(home).as_hop(true).counted(sent::FROM_PEERS, wire))
 }
 
 /// Which gateways may carry a packet on.
@@ -197,6 +191,9 @@ enum Hops {
 /// Steers what is for a member.
 #[inline(always)]
 fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, hops: Hops) -> Decision {
+    if hops == Hops::Any && is_our_tunnel(skb, config, packet) {
+        return Err(Reason::Loop);
+    }
     if !maps::is_offered(&packet.source, member) {
         return Err(Reason::SourceNotOffered);
     }
@@ -211,13 +208,23 @@ fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, hops: Hops
     if config.slot != NO_SLOT
         && let Some(slot) = chosen(packet, reach.links)
     {
-        return Ok(device(config, slot)?.as_hop(hop).counted(u32::from(SLOTS) + u32::from(slot), wire));
+        let first = if hop { sent::FOR_NODES } else { sent::DEVICE };
+        return Ok(device(config, slot)?.as_hop(hop).counted(first + u32::from(slot), wire));
     }
     let own = if config.slot < SLOTS { 1 << config.slot } else { 0 };
     match chosen(packet, reach.via & !own) {
-        Some(slot) if hops == Hops::Any => Ok(gateway(config, slot)?.counted(u32::from(slot), wire)),
+        Some(slot) if hops == Hops::Any => Ok(gateway(config, slot)?.counted(sent::HOP + u32::from(slot), wire)),
         _ => Err(Reason::NoGateway),
     }
+}
+
+/// Whether this is UDP of this node's own WireGuard. A peer that has roamed into a remote range gets it by the route of
+/// that range, which leads into the tunnel: it would carry itself.
+#[inline(always)]
+fn is_our_tunnel(skb: Skb, config: &Config, packet: &Packet) -> bool {
+    let first = config.wireguard_port;
+    let ports = first..=first.saturating_add(u16::from(SLOTS - 1));
+    skb.ingress_ifindex() == 0 && packet.udp_ports(skb).is_some_and(|(from, _)| ports.contains(&from))
 }
 
 /// As [`choose`]. Where one slot or none is healthy the flow makes no difference, and is not computed.
@@ -316,7 +323,8 @@ fn note_traffic(member: u16) {
     let now = unsafe { bpf_ktime_get_coarse_ns() };
     // SAFETY: one aligned word. Two processors may both see the pause: the agent is then told twice.
     let before = unsafe { last.read_volatile() };
-    let pause = now.wrapping_sub(before);
+    // Another processor may have written a later time than the one read here.
+    let pause = now.saturating_sub(before);
     if pause > TRAFFIC_NS {
         // SAFETY: as above.
         unsafe { last.write_volatile(now) };

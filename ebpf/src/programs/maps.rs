@@ -7,7 +7,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, lpm_trie},
 };
 use ebpf::{
-    Addr, Answer, Config, Count, Home, MAX_MEMBER_ID, Node, Offered, Reach, Reason, Remote, SLOTS, Wake, capacity,
+    Addr, Answer, Config, Count, Home, MAX_MEMBER_ID, Node, Offered, Reach, Reason, Remote, Wake, capacity, sent,
 };
 
 /// An address as four words, each as it lies in memory: comparing and copying bytes costs four times the instructions.
@@ -42,7 +42,7 @@ static ANSWER: Array<Answer> = Array::pinned(1, 0);
 #[map]
 static DROPS: PerCpuArray<u64> = PerCpuArray::pinned(capacity::DROPS, 0);
 #[map]
-static SENT: PerCpuArray<Count> = PerCpuArray::pinned(2 * SLOTS as u32, 0);
+static SENT: PerCpuArray<Count> = PerCpuArray::pinned(sent::LEN, 0);
 
 /// A whole address as the key of a longest-prefix map.
 #[repr(C)]

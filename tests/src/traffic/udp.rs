@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context, Result};
 
 use super::any;
-use crate::Host;
+use crate::{Host, Pod};
 
 /// Bytes of payload: the number, big-endian, and padding.
 const PAYLOAD: usize = 64;
@@ -75,6 +75,7 @@ impl Flow {
     /// Begins to send one packet every `interval` from `from` to `address` of `to`.
     pub fn start(from: &Host, to: &Host, address: SocketAddr, interval: Duration) -> Result<Flow> {
         let echo = to.run(|| UdpSocket::bind(address).with_context(|| format!("bind {address}")))?;
+        let address = echo.local_addr()?;
         let socket = from.run(|| UdpSocket::bind(any(address.ip())).context("bind"))?;
         echo.set_read_timeout(Some(TICK))?;
         socket.set_read_timeout(Some(TICK))?;
@@ -98,6 +99,16 @@ impl Flow {
             },
         ];
         Ok(Flow { start, stop_sending, stop_receiving, sender, receivers, there, back })
+    }
+
+    /// 1 kHz from pod to pod by their first addresses, to a port that nobody has.
+    pub fn between(from: &Pod, to: &Pod) -> Result<Flow> {
+        Flow::start(&from.host, &to.host, (to.ip(), 0).into(), Duration::from_millis(1))
+    }
+
+    /// Packets that have come back so far.
+    pub fn answered(&self) -> u64 {
+        distinct(&lock(&self.back))
     }
 
     /// When the first packet came back.

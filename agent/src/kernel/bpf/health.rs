@@ -11,13 +11,10 @@ use std::{
 };
 
 use aya::maps::{Map, MapData, RingBuf};
-use ebpf::{Answer, Count, Reach, Reason, SLOTS};
+use ebpf::{Answer, Count, Reach, Reason, sent};
 
 use super::{maps::Maps, sys};
-use crate::names::MemberId;
-
-/// Ways by which packets leave: own slots over the hop, then WireGuard devices.
-const WAYS: usize = 2 * SLOTS as usize;
+use crate::{names::MemberId, probe::HealthMaps};
 
 /// The maps of health and the counters.
 pub struct Health {
@@ -117,9 +114,9 @@ impl Health {
         Ok(drops)
     }
 
-    /// What was steered so far: indexes 0 to 7 by own slot over the hop, 8 to 15 by WireGuard device.
-    pub fn sent(&self) -> io::Result<[Count; WAYS]> {
-        let mut sent = [Count::default(); WAYS];
+    /// What was steered so far, by the indexes of [`ebpf::sent`].
+    pub fn sent(&self) -> io::Result<[Count; sent::LEN as usize]> {
+        let mut sent = [Count::default(); sent::LEN as usize];
         for (way, sum) in (0_u32..).zip(&mut sent) {
             for count in sys::lookup_per_cpu::<Count>(self.sent.as_fd(), way, self.cpus)? {
                 sum.packets += count.packets;
@@ -127,5 +124,39 @@ impl Health {
             }
         }
         Ok(sent)
+    }
+}
+
+impl HealthMaps for Health {
+    fn read_reach(&self) -> io::Result<BTreeMap<MemberId, Reach>> {
+        Health::read_reach(self)
+    }
+
+    fn read_answer(&self) -> io::Result<Answer> {
+        Health::read_answer(self)
+    }
+
+    fn write_reach(&mut self, member: MemberId, reach: Reach) -> io::Result<()> {
+        Health::write_reach(self, member, reach)
+    }
+
+    fn write_answer(&mut self, answer: &Answer) -> io::Result<()> {
+        Health::write_answer(self, answer)
+    }
+
+    fn last_traffic(&self, member: MemberId) -> io::Result<Option<Duration>> {
+        Health::last_traffic(self, member)
+    }
+
+    fn passed_on(&self) -> io::Result<u64> {
+        Ok(self.sent()?[sent::FOR_NODES as usize..].iter().map(|count| count.packets).sum())
+    }
+
+    fn wake_fd(&self) -> BorrowedFd<'_> {
+        Health::wake_fd(self)
+    }
+
+    fn next_wake(&mut self) -> Option<MemberId> {
+        Health::next_wake(self)
     }
 }

@@ -1,0 +1,174 @@
+//! The prober's place in the agent: it runs on the maps of now, and is told whom to probe after each pass.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tokio::{sync::watch, task::JoinHandle};
+use tracing::{info, warn};
+
+use crate::{
+    health::{Alarm, Drain, Targets},
+    intent::Intent,
+    kernel::bpf::health::Health,
+    names::{Device, Interface, MemberId, MemberName, Ordinal},
+    overlay::Overlay,
+    probe::{self, Report, Wanted},
+    state::State,
+    status::{self, DropStatus, MemberStatus, SentStatus},
+};
+
+/// The way of what came out of tunnels.
+const FROM_PEERS: &str = "from peers";
+
+/// Between passes: what the prober is told, what it says, and the maps that it and status work on.
+#[derive(Debug)]
+pub(super) struct Probing {
+    port: u16,
+    wanted: watch::Sender<Option<Wanted>>,
+    reports: watch::Sender<Option<Report>>,
+    task: Option<JoinHandle<()>>,
+    counters: Option<Health>,
+}
+
+impl Probing {
+    pub(super) fn new(port: u16) -> (Probing, watch::Receiver<Option<Report>>) {
+        let (reports, reported) = watch::channel(None);
+        (Probing { port, wanted: watch::Sender::new(None), reports, task: None, counters: None }, reported)
+    }
+
+    /// Whether these maps are the ones that are worked on.
+    pub(super) fn works_on(&self, generation: Option<u32>) -> bool {
+        let alive = self.task.as_ref().is_some_and(|task| !task.is_finished());
+        self.counters.as_ref().map(Health::generation) == generation && (alive || generation.is_none())
+    }
+
+    /// Goes over to other maps: one handle for the prober, one for status. What was wanted still is.
+    pub(super) fn work_on(&mut self, maps: Option<(Health, Health)>) {
+        if let Some(task) = self.task.take() {
+            task.abort();
+        }
+        self.counters = None;
+        let Some((maps, counters)) = maps else { return };
+        self.counters = Some(counters);
+        let (port, wanted, reports) = (self.port, self.wanted.subscribe(), self.reports.clone());
+        self.task = Some(tokio::spawn(async move {
+            match probe::run(maps, port, wanted, reports).await {
+                Ok(()) => info!("the prober ends"),
+                Err(error) => warn!(%error, "the prober failed; the next pass starts it again"),
+            }
+        }));
+    }
+
+    pub(super) fn want(&self, wanted: Option<Wanted>) {
+        self.wanted.send_if_modified(|before| {
+            let news = *before != wanted;
+            *before = wanted;
+            news
+        });
+    }
+
+    /// Packets by way; an error is for status to show.
+    pub(super) fn sent(&self) -> std::io::Result<Vec<SentStatus>> {
+        let Some(counters) = &self.counters else { return Ok(Vec::new()) };
+        let slots = Ordinal::all().map(|slot| format!("slot {slot}"));
+        let devices = Device::all().map(|device| device.to_string());
+        let for_nodes = Device::all().map(|device| format!("{device} for other nodes"));
+        let ways = slots.chain(devices).chain(for_nodes).chain([FROM_PEERS.to_owned()]);
+        let told = ways.zip(counters.sent()?);
+        let told = told.map(|(way, count)| SentStatus { way, packets: count.packets, bytes: count.bytes });
+        Ok(told.filter(|sent| sent.packets > 0).collect())
+    }
+
+    pub(super) fn drops(&self) -> std::io::Result<Vec<DropStatus>> {
+        let Some(counters) = &self.counters else { return Ok(Vec::new()) };
+        let drops = counters.drops()?.into_iter();
+        Ok(drops.map(|(reason, packets)| DropStatus { reason: reason.as_str().to_owned(), packets }).collect())
+    }
+}
+
+impl Drop for Probing {
+    fn drop(&mut self) {
+        if let Some(task) = self.task.take() {
+            task.abort();
+        }
+    }
+}
+
+/// Whom this node probes, by the state that it should have; `None` where it is none of the mesh.
+pub(super) fn wanted(intent: &Intent, overlay: Overlay, desired: &State, drain: bool) -> Option<Wanted> {
+    let config = desired.maps.as_ref()?.config.as_ref()?;
+    let own = config.gateways.keys().map(|slot| (*slot, overlay.slot(config.member, *slot))).collect();
+    let mut members = BTreeMap::new();
+    for (_, member) in intent.others() {
+        let linked = member.gateways.iter().filter(|(slot, gateway)| {
+            config.slot.is_some() && desired.peers.contains_key(&(Device(**slot), gateway.key))
+        });
+        members.insert(member.id, linked.map(|(slot, _)| (*slot, overlay.slot(member.id, *slot))).collect());
+    }
+    let tunnels = desired.links.iter().filter(|(interface, _)| matches!(interface, Interface::WireGuard(_)));
+    let tunnel_mtu = tunnels.map(|(_, link)| link.mtu).min().and_then(|mtu| u16::try_from(mtu).ok());
+    let targets = Targets {
+        gateway: config.slot.is_some(),
+        probing: !desired.overlay.is_empty(),
+        own,
+        members,
+        hop_mtu: config.hop_mtu,
+        tunnel_mtu: tunnel_mtu.unwrap_or(config.mtu),
+    };
+    Some(Wanted { overlay: desired.overlay.first().copied(), targets, drain })
+}
+
+/// The path MTU of every member that probes have found one for.
+pub(super) fn mtus(intent: &Intent, report: Option<&Report>) -> BTreeMap<MemberName, u16> {
+    let Some(report) = report else { return BTreeMap::new() };
+    let found = |id: MemberId| report.verdict.reach.get(&id).map(|reach| reach.mtu).filter(|mtu| *mtu > 0);
+    intent.others().filter_map(|(name, member)| Some((name.clone(), found(member.id)?))).collect()
+}
+
+/// The ways to each member that offers something here.
+pub(super) fn members(intent: &Intent, report: Option<&Report>) -> Vec<MemberStatus> {
+    let slots = |bits: u8| (0..ebpf::SLOTS).filter(|slot| bits & (1 << slot) != 0).collect();
+    let others = intent.others().filter(|(_, member)| member.offered_to(&intent.me).next().is_some());
+    let told = others.map(|(name, member)| {
+        let reach = report.and_then(|report| report.verdict.reach.get(&member.id)).copied().unwrap_or_default();
+        let lost = report.is_none_or(|report| report.verdict.alarms.contains(&Alarm::NoWay(member.id)));
+        MemberStatus {
+            member: name.to_string(),
+            reached: !lost && (reach.links | reach.via) != 0,
+            via: slots(reach.via),
+            links: slots(reach.links),
+            mtu: reach.mtu.into(),
+        }
+    });
+    told.collect()
+}
+
+/// `asked`: somebody wants this gateway drained; the prober may not know it yet.
+pub(super) fn drain(is_gateway: bool, asked: bool, report: Option<&Report>) -> status::Drain {
+    let found = report.map(|report| report.drain).unwrap_or_default();
+    match (is_gateway, asked, found) {
+        (false, ..) => status::Drain::NoGateway,
+        (true, false, _) => status::Drain::Taking,
+        (true, true, Drain::No | Drain::Waiting) => status::Drain::Draining,
+        (true, true, Drain::Quiet) => status::Drain::Drained,
+        (true, true, Drain::GaveUp) => status::Drain::OverTime,
+    }
+}
+
+/// What the prober has to say to people.
+pub(super) fn problems(intent: &Intent, report: Option<&Report>) -> Vec<String> {
+    let Some(report) = report else { return Vec::new() };
+    let name = |id: MemberId| intent.others().find(|(_, member)| member.id == id).map(|(name, _)| name.to_string());
+    let alarms = report.verdict.alarms.iter().map(|alarm| match alarm {
+        Alarm::Late => {
+            "the prober was away for more than a second: nothing was concluded from what it missed".to_owned()
+        }
+        Alarm::NoGatewayAnswers => "no other gateway of this cluster answers over the hop".to_owned(),
+        Alarm::NoLinkAnswers => "no gateway of any other member answers".to_owned(),
+        Alarm::NoWay(id) => {
+            let member = name(*id).unwrap_or_else(|| id.to_string());
+            format!("no way to {member} is known: the last one that was stays in use")
+        }
+    });
+    let alarms: BTreeSet<String> = alarms.chain(report.problems.iter().cloned()).collect();
+    alarms.into_iter().collect()
+}

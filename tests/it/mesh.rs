@@ -1,0 +1,365 @@
+//! Members of three nodes, two of them gateways, under every network plugin: who reaches whom, what carries it, and what
+//! each fault costs.
+
+use std::{collections::BTreeMap, net::IpAddr, thread::sleep, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use lab::{
+    Carrick, Cni, Families, Lab, Member, Mesh, Node,
+    carrick::{DEVICES, Running, TUNNEL_PORT},
+    faults::{Fault, Traffic},
+    traffic::{
+        http,
+        ping::ping,
+        stream::Stream,
+        udp::{Flow, Report},
+    },
+    wait_for,
+    watch::sum,
+};
+use nix::sys::signal::Signal;
+
+use crate::joined::{CONNECT_LIMIT, PORT, SOON, carrick};
+
+/// Makes a test of each function, in every network plugin.
+macro_rules! under_every_plugin {
+    ($($test:ident,)*) => {
+        $(mod $test {
+            #[test]
+            fn bridge() {
+                super::meshed(super::Member::pair_of_three(super::Cni::Bridge), super::$test);
+            }
+            #[test]
+            fn host_routing() {
+                super::meshed(super::Member::pair_of_three(super::Cni::HostRouting), super::$test);
+            }
+            #[test]
+            fn skip_fib() {
+                super::meshed(super::Member::pair_of_three(super::Cni::SkipFib), super::$test);
+            }
+            #[test]
+            fn fabric() {
+                super::meshed(super::Member::pair_of_three(super::Cni::Fabric), super::$test);
+            }
+            #[test]
+            fn strict() {
+                super::meshed(super::Member::pair_of_three(super::Cni::Strict), super::$test);
+            }
+        })*
+    };
+}
+
+under_every_plugin! {
+    every_pod_reaches_every_remote_pod_with_its_own_address,
+    both_gateways_carry_traffic_and_workers_none,
+    a_gateway_that_goes_off_is_replaced_and_comes_back,
+    a_cut_link_is_gone_around,
+    a_drained_gateway_loses_nothing,
+    agents_that_restart_or_hang_lose_nothing,
+    without_tunnels_nothing_leaves_in_the_clear,
+    a_narrow_underlay_swallows_no_stream,
+    a_pod_outside_the_ranges_of_nodes_is_found,
+}
+
+/// Every node's programs run.
+struct Meshed<'a> {
+    lab: &'a mut Lab,
+    carrick: Carrick,
+    mesh: Mesh,
+    /// By node.
+    running: BTreeMap<String, Running>,
+}
+
+fn meshed(members: [Member; 2], test: impl FnOnce(&mut Meshed<'_>) -> Result<()>) {
+    let name = format!("mesh-{}", members[0].cni.word());
+    let result = Lab::with(&name, &members, |lab| {
+        let carrick = carrick()?;
+        let mesh = carrick.write_mesh(lab)?;
+        let mut meshed = Meshed { lab, carrick, mesh, running: BTreeMap::new() };
+        for (member, node) in meshed.lab.nodes() {
+            let running = meshed.carrick.start(member, node, &meshed.mesh)?;
+            meshed.running.insert(node.host.name().to_owned(), running);
+        }
+        meshed.connected()?;
+        test(&mut meshed)
+    });
+    result.unwrap_or_else(|error| panic!("{members:?}: {error:?}"));
+}
+
+impl Meshed<'_> {
+    fn node(&self, member: &str, number: usize) -> Result<&Node> {
+        self.lab.cluster(member)?.nodes.get(number).with_context(|| format!("node {number} of {member}"))
+    }
+
+    fn connected(&self) -> Result<()> {
+        for (member, node) in self.lab.nodes() {
+            let other = if member.name == "mn" { "va" } else { "mn" };
+            self.carrick.wait_connected(node, &[other], CONNECT_LIMIT)?;
+        }
+        wait_for("every pod to reach every remote pod", SOON, || match self.unreached() {
+            Ok(unreached) if unreached.is_empty() => Ok(()),
+            Ok(unreached) => Err(unreached.join(", ")),
+            Err(error) => Err(format!("{error:#}")),
+        })
+    }
+
+    /// Who does not reach whom, of the first pods of all nodes, both ways and in every family.
+    fn unreached(&self) -> Result<Vec<String>> {
+        let mut unreached = Vec::new();
+        for (member, node) in self.lab.nodes() {
+            let remote = self.lab.nodes().filter(|(other, _)| other.name != member.name);
+            for address in remote.flat_map(|(_, node)| &node.pods[0].addresses) {
+                if !ping(&node.pods[0].host, *address, 1)?.all_answered() {
+                    unreached.push(format!("{} to {address}", node.host.name()));
+                }
+            }
+        }
+        Ok(unreached)
+    }
+
+    /// 1 kHz UDP from a worker's pod to one of each remote node, and one stream between workers; all of them run.
+    fn traffic(&self) -> Result<(Vec<Flow>, Stream)> {
+        let from = &self.node("va", 2)?.pods[0];
+        let flows = (0..3).map(|n| Flow::between(from, &self.node("mn", n)?.pods[0])).collect::<Result<Vec<_>>>()?;
+        let stream = Stream::between(from, &self.node("mn", 2)?.pods[0])?;
+        self.goes_on(&flows, &stream)?;
+        Ok((flows, stream))
+    }
+
+    /// Waits until each has gone on for half a second's worth.
+    fn goes_on(&self, flows: &[Flow], stream: &Stream) -> Result<()> {
+        let now = || (flows.iter().map(Flow::answered).collect::<Vec<_>>(), stream.arrived());
+        let (before, arrived) = now();
+        wait_for("traffic to go on", CONNECT_LIMIT, || {
+            let (flows, bytes) = now();
+            let on = flows.iter().zip(&before).all(|(now, before)| *now > before + 500) && bytes > arrived;
+            if on { Ok(()) } else { Err(format!("from {before:?}, {arrived} to {flows:?}, {bytes}")) }
+        })
+    }
+
+    fn restart_agents(&mut self) -> Result<()> {
+        for (member, node) in self.lab.nodes() {
+            let running = self.running.get_mut(node.host.name()).context("it runs")?;
+            running.agent.signal(Signal::SIGKILL)?;
+            running.agent.wait(SOON)?;
+            running.agent = self.carrick.start_agent(member, node, &self.mesh)?;
+        }
+        Ok(())
+    }
+}
+
+/// Ends the traffic; says what it cost.
+fn stop(what: &str, flows: Vec<Flow>, stream: Stream) -> Result<Vec<Report>> {
+    let reports = flows.into_iter().map(Flow::stop).collect::<Result<Vec<_>>>()?;
+    let stream = stream.stop();
+    for report in &reports {
+        eprintln!("{what}: {} of {} lost, gap {} ms", report.back.lost, report.sent, report.back.longest_gap_ms);
+    }
+    eprintln!("{what}: {} bytes of TCP, stall {} ms", stream.bytes, stream.longest_stall_ms);
+    ensure!(stream.survived(), "{what}: {stream:?}");
+    Ok(reports)
+}
+
+fn lost(reports: &[Report]) -> u64 {
+    reports.iter().map(|report| report.back.lost).sum()
+}
+
+fn every_pod_reaches_every_remote_pod_with_its_own_address(meshed: &mut Meshed<'_>) -> Result<()> {
+    for (member, node) in meshed.lab.nodes() {
+        let client = &node.pods[0];
+        for (_, remote) in meshed.lab.nodes().filter(|(other, _)| other.name != member.name) {
+            let server = &remote.pods[0];
+            for address in &server.addresses {
+                let _server = http::Server::start(&server.host, (*address, PORT).into())?;
+                let seen = http::get(&client.host, (*address, PORT).into())?;
+                ensure!(client.addresses.contains(&seen), "{address} saw {seen}, not {:?}", client.addresses);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A gateway takes itself first: so the pods of both give each something to carry.
+fn both_gateways_carry_traffic_and_workers_none(meshed: &mut Meshed<'_>) -> Result<()> {
+    let watch = meshed.lab.watch()?;
+    let mut flows = Vec::new();
+    for from in 0..3 {
+        let (from, to) = (&meshed.node("mn", from)?.pods[0], &meshed.node("va", 2 - from)?.pods[0]);
+        flows.push(Flow::between(from, to)?);
+    }
+    sleep(Duration::from_secs(1));
+    let reports = flows.into_iter().map(Flow::stop).collect::<Result<Vec<_>>>()?;
+    ensure!(lost(&reports) == 0, "{reports:?}");
+    let seen = watch.stop()?;
+    for (member, node) in meshed.lab.nodes() {
+        let seen = &seen[node.host.name()];
+        let carried = match node.slot {
+            Some(_) if member.name == "mn" => seen.tunnel > reports[0].sent,
+            // The other member chooses for itself; what returns comes by both of the first member's.
+            Some(_) => seen.tunnel > 0,
+            None => seen.tunnel == 0 && seen.hop > reports[0].sent,
+        };
+        ensure!(carried && seen.clear == 0 && seen.missed == 0, "{}: {seen:?}", node.host.name());
+    }
+    Ok(())
+}
+
+fn a_gateway_that_goes_off_is_replaced_and_comes_back(meshed: &mut Meshed<'_>) -> Result<()> {
+    let watch = meshed.lab.watch()?;
+    for off in ["mn-1", "va-0", "mn-0"] {
+        let (member, number) = off.split_once('-').context("a node's name")?;
+        let from = &meshed.node("va", 2)?.pods[0];
+        let to = &meshed.node("mn", 2)?.pods[0];
+        let (flows, stream) = (vec![Flow::between(from, to)?, Flow::between(to, from)?], Stream::between(from, to)?);
+        meshed.goes_on(&flows, &stream)?;
+        let node = meshed.node(member, number.parse()?)?;
+        meshed.lab.power_off(node)?;
+        meshed.goes_on(&flows, &stream)?;
+        stop(&format!("{off} off"), flows, stream)?;
+        meshed.lab.power_on(node)?;
+        let restarted = meshed.carrick.start(meshed.lab.member_of(node)?, node, &meshed.mesh)?;
+        meshed.running.insert(off.to_owned(), restarted);
+        meshed.connected()?;
+    }
+    let seen = sum(&watch.stop()?);
+    ensure!(seen.clear == 0 && seen.missed == 0, "{seen:?}");
+    Ok(())
+}
+
+/// Every link between two gateways, one after the other; then all but one.
+fn a_cut_link_is_gone_around(meshed: &mut Meshed<'_>) -> Result<()> {
+    let tunnel = Traffic::Udp(TUNNEL_PORT..=TUNNEL_PORT + DEVICES - 1);
+    let mut cuts = Vec::new();
+    for (ours, theirs) in [(0, 0), (0, 1), (1, 0)] {
+        let (flows, stream) = meshed.traffic()?;
+        cuts.extend(meshed.lab.cut(meshed.node("mn", ours)?, meshed.node("va", theirs)?, &tunnel)?);
+        meshed.goes_on(&flows, &stream)?;
+        stop(
+            &format!("link of mn-{ours} and va-{theirs} cut, beside {} ways cut before", cuts.len() - 2),
+            flows,
+            stream,
+        )?;
+    }
+    ensure!(meshed.unreached()?.is_empty(), "one link is left: {:?}", meshed.unreached()?);
+    cuts.into_iter().try_for_each(Fault::mend)?;
+    meshed.connected()?;
+    // One way: the pair is as good as cut.
+    let (flows, stream) = meshed.traffic()?;
+    let one_way = meshed.lab.drop_packets(meshed.node("va", 1)?, meshed.node("mn", 1)?, &tunnel, 100)?;
+    let half = meshed.lab.drop_packets(meshed.node("va", 0)?, meshed.node("mn", 0)?, &tunnel, 50)?;
+    meshed.goes_on(&flows, &stream)?;
+    stop("one link one way, one with half of the packets lost", flows, stream)?;
+    half.mend()?;
+    one_way.mend()
+}
+
+fn a_drained_gateway_loses_nothing(meshed: &mut Meshed<'_>) -> Result<()> {
+    for (member, number) in [("mn", 0), ("va", 1)] {
+        let (flows, stream) = meshed.traffic()?;
+        let name = format!("{member}-{number}");
+        meshed.carrick.drain(meshed.node(member, number)?)?;
+        meshed.running.remove(&name).context("it runs")?.terminate(SOON)?;
+        meshed.goes_on(&flows, &stream)?;
+        let reports = stop(&format!("{name} drained"), flows, stream)?;
+        // What lives on the gateway itself still goes through it: only the others are promised.
+        let promised: Vec<_> =
+            reports.into_iter().enumerate().filter(|(n, _)| *n != number || member == "va").collect();
+        ensure!(promised.iter().all(|(_, report)| report.back.lost == 0), "{promised:?}");
+        let node = meshed.node(member, number)?;
+        let restarted = meshed.carrick.start(meshed.lab.member_of(node)?, node, &meshed.mesh)?;
+        meshed.running.insert(name, restarted);
+        meshed.connected()?;
+    }
+    Ok(())
+}
+
+fn agents_that_restart_or_hang_lose_nothing(meshed: &mut Meshed<'_>) -> Result<()> {
+    let (flows, stream) = meshed.traffic()?;
+    meshed.restart_agents()?;
+    meshed.connected()?;
+    meshed.goes_on(&flows, &stream)?;
+    let signal = |signal| meshed.running.values().try_for_each(|running| running.agent.signal(signal));
+    signal(Signal::SIGSTOP)?;
+    sleep(Duration::from_secs(3));
+    meshed.goes_on(&flows, &stream)?;
+    signal(Signal::SIGCONT)?;
+    sleep(Duration::from_secs(3));
+    let reports = stop("agents restarted, then stopped for 3 s", flows, stream)?;
+    ensure!(lost(&reports) == 0, "{reports:?}");
+    Ok(())
+}
+
+/// The links first, then the tunnels; nobody repairs them. Without Carrick, what is looked for is there.
+fn without_tunnels_nothing_leaves_in_the_clear(meshed: &mut Meshed<'_>) -> Result<()> {
+    let watch = meshed.lab.watch()?;
+    let (flows, stream) = meshed.traffic()?;
+    for (ours, theirs) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let tunnel = Traffic::Udp(TUNNEL_PORT..=TUNNEL_PORT + DEVICES - 1);
+        // Never mended.
+        let _cut = meshed.lab.cut(meshed.node("mn", ours)?, meshed.node("va", theirs)?, &tunnel)?;
+    }
+    sleep(Duration::from_secs(3));
+    for running in meshed.running.values() {
+        running.agent.signal(Signal::SIGSTOP)?;
+        running.tunnel.as_ref().map_or(Ok(()), |tunnel| tunnel.signal(Signal::SIGKILL))?;
+    }
+    let answered: Vec<u64> = flows.iter().map(Flow::answered).collect();
+    sleep(Duration::from_secs(1));
+    ensure!(flows.iter().map(Flow::answered).eq(answered), "something carries it still");
+    // The stream cannot survive this; that its packets stay inside is what counts.
+    flows.into_iter().try_for_each(|flow| flow.stop().map(drop))?;
+    stream.stop();
+    let seen = watch.stop()?;
+    let total = sum(&seen);
+    ensure!(total.tunnel > 0 && total.clear == 0 && total.missed == 0, "{seen:#?}");
+
+    let watch = meshed.lab.watch()?;
+    let worker = meshed.node("va", 2)?;
+    let agent = &meshed.running[worker.host.name()].agent;
+    agent.signal(Signal::SIGKILL)?;
+    wait_for("the agent to be gone", SOON, || match meshed.carrick.cleanup(worker) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("{error:#}")),
+    })?;
+    ensure!(ping(&worker.pods[0].host, meshed.node("mn", 2)?.pods[0].ip(), 2)?.none_answered());
+    let seen = watch.stop()?;
+    ensure!(seen[worker.host.name()].clear > 0, "the watch sees nothing: {seen:#?}");
+    Ok(())
+}
+
+/// No ICMP tells anybody: the probes have to find it.
+fn a_narrow_underlay_swallows_no_stream(meshed: &mut Meshed<'_>) -> Result<()> {
+    for bytes in [1400, 1280] {
+        let (flows, stream) = meshed.traffic()?;
+        let narrow = meshed.lab.limit_mtu("va", bytes)?;
+        meshed.goes_on(&flows, &stream)?;
+        stop(&format!("an underlay of {bytes} bytes"), flows, stream)?;
+        let (flows, stream) = meshed.traffic()?;
+        stop(&format!("new streams over {bytes} bytes"), flows, stream)?;
+        narrow.mend()?;
+    }
+    Ok(())
+}
+
+fn a_pod_outside_the_ranges_of_nodes_is_found(meshed: &mut Meshed<'_>) -> Result<()> {
+    let address: IpAddr = "10.42.200.5".parse()?;
+    meshed.lab.add_pod_at("mn", 2, &[address])?;
+    meshed.mesh.write_pod("mn", "moved", meshed.node("mn", 2)?, &[address])?;
+    let (pod, remote) = (&meshed.node("mn", 2)?.pods[1], &meshed.node("va", 2)?.pods[0]);
+    wait_for("the pod to be found", SOON, || match ping(&remote.host, address, 1) {
+        Ok(pings) if pings.all_answered() => Ok(()),
+        other => Err(format!("{other:?}")),
+    })?;
+    let _server = http::Server::start(&remote.host, (remote.ip(), PORT).into())?;
+    ensure!(http::get(&pod.host, (remote.ip(), PORT).into())? == address);
+    Ok(())
+}
+
+/// [`meshed`] waits until every pod reaches every remote pod, in every family that both have.
+#[test]
+fn families() {
+    for families in Families::ALL {
+        let members = Member::pair_of_three(Cni::Bridge).map(|member| Member { families, ..member });
+        meshed(members, every_pod_reaches_every_remote_pod_with_its_own_address);
+    }
+}

@@ -1,0 +1,239 @@
+//! What members of three nodes and two gateways show beyond those of one node: any pod reaches any pod, both gateways
+//! carry, and what each fault costs under 1 kHz numbered UDP and one TCP stream.
+
+use std::{fs, net::SocketAddr, thread::sleep, time::Duration};
+
+use ::lab::{
+    Carrick, Mesh, Node, Pod,
+    carrick::{DEVICES, Running, TUNNEL_PORT},
+    faults::{Fault, Traffic},
+    traffic::{http, stream::Stream, udp::Flow},
+    wait_for,
+    watch::sum,
+};
+use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
+
+use super::{CONNECT_LIMIT, Demo, PORT, STOP_LIMIT, describe, say};
+
+/// How long traffic runs before and after a fault.
+const AROUND: Duration = Duration::from_secs(2);
+
+/// What a fault may cost.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Price {
+    Nothing,
+    /// What was on its way; traffic must go on by itself.
+    Some,
+}
+
+impl<'a> Demo<'a> {
+    /// All of it. `running` is by node, in the lab's order, and what runs at the end.
+    pub(super) fn gateways(&mut self, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
+        self.workers()?;
+        self.shares()?;
+        let watch = self.lab.watch()?;
+        self.node_off(mesh, running)?;
+        self.link_cut()?;
+        self.drain(mesh, running)?;
+        self.restart("agents restarted", self.carrick.clone(), mesh, running)?;
+        let second = self.second_build()?;
+        self.restart("agents upgraded to a second build", second, mesh, running)?;
+        self.tunnels_down(running)?;
+        let seen = sum(&watch.stop()?);
+        describe(&seen.described.into_iter().filter(|line| line.starts_with("clear text")).collect::<Vec<_>>());
+        let told = seen.tunnel > 0 && seen.missed == 0;
+        let name = "uplinks of all nodes: clear text for a remote range, faults and all tunnels down included";
+        self.hold(name.into(), told && seen.clear == 0, seen.clear, "packets");
+        Ok(())
+    }
+
+    /// A page from worker to worker; the server must have seen the client pod's own address.
+    fn workers(&mut self) -> Result<()> {
+        self.begin("workers");
+        for [(from, client), (to, server)] in [[("mn", 2), ("va", 2)], [("va", 2), ("mn", 2)]] {
+            let (client, server) = (self.pod(from, client)?, self.pod(to, server)?);
+            let address: SocketAddr = (server.ip(), PORT).into();
+            let _server = http::Server::start(&server.host, address)?;
+            let seen = http::get(&client.host, address)?;
+            let (ok, name) =
+                (seen == client.ip(), format!("http, worker pod of {from} to worker pod of {to}: client seen"));
+            self.hold(name, ok, seen.to_string(), "");
+        }
+        Ok(())
+    }
+
+    /// Packets of the tunnel on each gateway's uplink, while pods of all nodes talk.
+    fn shares(&mut self) -> Result<()> {
+        self.begin("packets per gateway");
+        let watch = self.lab.watch()?;
+        let pairs = [("mn", "va"), ("va", "mn")].into_iter().flat_map(|(a, b)| (0..3).map(move |n| (a, b, n)));
+        let start = |(from, to, n)| Flow::between(self.pod(from, n)?, self.pod(to, 2 - n)?);
+        let flows = pairs.map(start).collect::<Result<Vec<_>>>()?;
+        sleep(AROUND);
+        flows.into_iter().try_for_each(|flow| flow.stop().map(drop))?;
+        let seen = watch.stop()?;
+        for (_, node) in self.lab.nodes().filter(|(_, node)| node.slot.is_some()) {
+            let packets = seen[node.host.name()].tunnel;
+            self.hold(
+                format!("packets of the tunnel by gateway {}", node.host.name()),
+                packets > 0,
+                packets,
+                "packets",
+            );
+        }
+        Ok(())
+    }
+
+    fn node_off(&mut self, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
+        let off = self.node("mn", 1)?;
+        self.under_traffic("a gateway node off", Price::Some, |demo| demo.lab.power_off(off))?;
+        self.lab.power_on(off)?;
+        self.start_again("mn-1", mesh, running)
+    }
+
+    fn link_cut(&mut self) -> Result<()> {
+        let (ours, theirs) = (self.node("mn", 0)?, self.node("va", 0)?);
+        let mut cut = None;
+        self.under_traffic("a link between two gateways cut", Price::Some, |demo| {
+            cut = Some(demo.lab.cut(ours, theirs, &tunnels())?);
+            Ok(())
+        })?;
+        cut.into_iter().flatten().try_for_each(Fault::mend)?;
+        self.all_connected()
+    }
+
+    fn drain(&mut self, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
+        let at = self.place("mn-0")?;
+        let node = self.node("mn", 0)?;
+        self.under_traffic("a gateway drained and stopped", Price::Nothing, |demo| {
+            demo.carrick.drain(node)?;
+            let Running { agent, tunnel } = &mut running[at];
+            for process in [agent].into_iter().chain(tunnel) {
+                process.signal(Signal::SIGTERM)?;
+                process.wait(STOP_LIMIT)?;
+            }
+            Ok(())
+        })?;
+        self.start_again("mn-0", mesh, running)
+    }
+
+    fn restart(&mut self, name: &'static str, carrick: Carrick, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
+        self.under_traffic(name, Price::Nothing, |demo| {
+            for ((member, node), Running { agent, .. }) in demo.lab.nodes().zip(running) {
+                agent.signal(Signal::SIGKILL)?;
+                agent.wait(STOP_LIMIT)?;
+                *agent = carrick.start_agent(member, node, mesh)?;
+            }
+            demo.all_connected()
+        })
+    }
+
+    /// The agents are stopped, so that nobody repairs it: the links are cut, then the tunnels killed.
+    fn tunnels_down(&mut self, running: &mut [Running]) -> Result<()> {
+        self.begin("all tunnels down");
+        let flow = Flow::between(self.pod("va", 2)?, self.pod("mn", 2)?)?;
+        let mut cuts = Vec::new();
+        for (ours, theirs) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            cuts.extend(self.lab.cut(self.node("mn", ours)?, self.node("va", theirs)?, &tunnels())?);
+        }
+        sleep(AROUND);
+        for Running { agent, tunnel } in running.iter_mut() {
+            agent.signal(Signal::SIGSTOP)?;
+            if let Some(tunnel) = tunnel {
+                tunnel.signal(Signal::SIGKILL)?;
+                tunnel.wait(STOP_LIMIT)?;
+            }
+        }
+        let answered = flow.answered();
+        sleep(AROUND);
+        let through = flow.answered() - answered;
+        flow.stop()?;
+        self.hold("all tunnels down: packets that get through".into(), through == 0, through, "packets");
+        cuts.into_iter().try_for_each(Fault::mend)?;
+        for ((_, node), running) in self.lab.nodes().zip(running.iter_mut()) {
+            running.agent.signal(Signal::SIGCONT)?;
+            running.tunnel = node.slot.map(|_| self.carrick.start_tunnel(node)).transpose()?;
+        }
+        self.all_connected()
+    }
+
+    /// Does something while a worker's pod talks to one of each remote node, and says what it cost.
+    fn under_traffic(
+        &mut self,
+        name: &'static str,
+        price: Price,
+        fault: impl FnOnce(&Self) -> Result<()>,
+    ) -> Result<()> {
+        self.begin(name);
+        // Both ways; the gateways' own pods are left out: what lives on a node that goes off is gone with it.
+        let (va, mn) = (self.pod("va", 2)?, self.pod("mn", 2)?);
+        let (flows, stream) = ([Flow::between(va, mn)?, Flow::between(mn, va)?], Stream::between(va, mn)?);
+        goes_on(&flows, &stream)?;
+        fault(self)?;
+        goes_on(&flows, &stream)?;
+        sleep(AROUND);
+        let reports = flows.into_iter().map(Flow::stop).collect::<Result<Vec<_>>>()?;
+        let stream = stream.stop();
+        let lost: u64 = reports.iter().map(|report| report.back.lost).sum();
+        let gap = reports.iter().map(|report| report.back.longest_gap_ms).max().unwrap_or_default();
+        stream.failure.iter().for_each(|failure| say(failure));
+        self.hold(format!("{name}: lost of 2 x 1 kHz UDP"), price == Price::Some || lost == 0, lost, "packets");
+        self.hold(format!("{name}: longest gap"), true, gap, "ms");
+        self.hold(format!("{name}: longest stall of a TCP stream"), stream.survived(), stream.longest_stall_ms, "ms");
+        Ok(())
+    }
+
+    fn start_again(&self, name: &str, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
+        let at = self.place(name)?;
+        let (member, node) = self.lab.nodes().nth(at).context("a node")?;
+        running[at] = self.carrick.start(member, node, mesh)?;
+        self.all_connected()
+    }
+
+    /// Until every node of both members says so.
+    pub(super) fn all_connected(&self) -> Result<()> {
+        for (member, node) in self.lab.nodes() {
+            let others: Vec<&str> = self.lab.clusters.iter().map(|cluster| cluster.member.name.as_str()).collect();
+            let others: Vec<&str> = others.into_iter().filter(|other| *other != member.name).collect();
+            self.carrick.wait_connected(node, &others, CONNECT_LIMIT)?;
+        }
+        Ok(())
+    }
+
+    /// Another file with the program in it: what an upgrade runs, unless one was given.
+    fn second_build(&self) -> Result<Carrick> {
+        if let Some(path) = self.upgrade {
+            return Carrick::new(path);
+        }
+        let copy = self.lab.dir("carrick-second");
+        fs::copy(self.carrick.path(), &copy).with_context(|| format!("copy to {}", copy.display()))?;
+        Carrick::new(&copy)
+    }
+
+    fn place(&self, name: &str) -> Result<usize> {
+        self.lab.nodes().position(|(_, node)| node.host.name() == name).with_context(|| format!("no node {name}"))
+    }
+
+    fn node(&self, member: &str, number: usize) -> Result<&'a Node> {
+        self.lab.cluster(member)?.nodes.get(number).with_context(|| format!("node {number} of {member}"))
+    }
+
+    fn pod(&self, member: &str, number: usize) -> Result<&'a Pod> {
+        self.node(member, number)?.pods.first().context("a pod")
+    }
+}
+
+fn tunnels() -> Traffic {
+    Traffic::Udp(TUNNEL_PORT..=TUNNEL_PORT + DEVICES - 1)
+}
+
+fn goes_on(flows: &[Flow], stream: &Stream) -> Result<()> {
+    let now = || (flows.iter().map(Flow::answered).collect::<Vec<_>>(), stream.arrived());
+    let (before, arrived) = now();
+    wait_for("traffic to go on", CONNECT_LIMIT, || {
+        let (flows, bytes) = now();
+        let on = flows.iter().zip(&before).all(|(now, before)| *now > before + 1000) && bytes > arrived;
+        if on { Ok(()) } else { Err(format!("from {before:?}, {arrived} to {flows:?}, {bytes}")) }
+    })
+}
