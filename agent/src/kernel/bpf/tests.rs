@@ -757,7 +757,7 @@ fn health_is_read_and_written_beside_the_passes() {
         sh("ip link set carrick-hop up; ip link set pcarrick-hop up; ip addr add 192.0.2.1/24 dev carrick-hop; ip neigh add 192.0.2.2 lladdr 02:00:00:00:00:01 dev carrick-hop
             ping -c1 -W1 192.0.2.2 >/dev/null || true");
         assert!(health.drops().unwrap().contains_key(&ebpf::Reason::NotConfigured), "{:?}", health.drops());
-        assert_eq!(health.sent().unwrap(), [ebpf::Count::default(); 16]);
+        assert_eq!(health.sent().unwrap(), [ebpf::Count::default(); ebpf::sent::LEN as usize]);
         // A pass reads none of it, and another build keeps it.
         assert_eq!(pass(&place, &mut bpf, &gateway()).await, 0);
         let mut new = place.upgraded();
