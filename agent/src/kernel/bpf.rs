@@ -225,8 +225,7 @@ impl Bpf {
     pub(super) async fn detach(&mut self, rtnl: &Rtnl, attachment: &Attachment) -> io::Result<()> {
         self.standing.remove(attachment);
         match (self.hook()?, sys::index_of(&attachment.link)?) {
-            // The pin alone holds the link.
-            (Hook::Tcx, _) => self.pins.remove_link(attachment),
+            (Hook::Tcx, _) => tcx::detach(&self.pins, attachment),
             (Hook::Clsact, Some(ifindex)) => clsact::detach(rtnl, ifindex, attachment.program).await,
             (Hook::Clsact, None) => Ok(()),
         }
@@ -242,6 +241,11 @@ impl Bpf {
             }
         }
         if self.pins.is_bpffs()? {
+            for pins in self.pins.all()? {
+                for attachment in pins.list_links()? {
+                    tcx::detach(&pins, &attachment)?;
+                }
+            }
             self.pins.remove_all()?;
         }
         load::forget_logs(&self.run_dir)

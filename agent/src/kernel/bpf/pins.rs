@@ -137,9 +137,14 @@ impl Pins {
         strays.into_iter().try_for_each(|name| remove_file(&self.links().join(name)))
     }
 
+    /// The folders of every ABI.
+    pub(super) fn all(&self) -> io::Result<Vec<Pins>> {
+        Ok(self.abis()?.into_iter().map(|abi| Pins { abi, ..self.clone() }).collect())
+    }
+
     /// The folders of older ABIs.
     pub(super) fn older(&self) -> io::Result<Vec<Pins>> {
-        Ok(self.abis()?.into_iter().filter(|abi| *abi < self.abi).map(|abi| Pins { abi, ..self.clone() }).collect())
+        Ok(self.all()?.into_iter().filter(|pins| pins.abi < self.abi).collect())
     }
 
     /// The newest ABI, if it is newer than ours.

@@ -29,6 +29,7 @@ const PROG_QUERY: libc::c_int = 16;
 const MAP_LOOKUP_BATCH: libc::c_int = 24;
 const LINK_CREATE: libc::c_int = 28;
 const LINK_UPDATE: libc::c_int = 29;
+const LINK_DETACH: libc::c_int = 34;
 
 const TCX_INGRESS: u32 = 46;
 const TCX_EGRESS: u32 = 47;
@@ -202,13 +203,14 @@ pub(super) fn open(path: &Path, kind: Kind) -> io::Result<Option<OwnedFd>> {
     let wanted = match kind {
         Kind::Map => "bpf-map",
         Kind::Program => "bpf-prog",
-        Kind::Link => "bpf_link",
+        Kind::Link => "bpf-link",
     };
-    let found = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
-    if found.to_string_lossy().contains(wanted) {
+    // A link is called `bpf_link` where it was made, `bpf-link` where it was opened (kernel/bpf/syscall.c).
+    let found = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?.to_string_lossy().replace('_', "-");
+    if found.contains(wanted) {
         Ok(Some(fd))
     } else {
-        let problem = format!("{} is pinned there, not a {wanted}", found.display());
+        let problem = format!("{found} is pinned there, not a {wanted}");
         Err(io::Error::new(io::ErrorKind::InvalidData, problem))
     }
 }
@@ -346,6 +348,11 @@ pub(super) fn link_create(program: BorrowedFd<'_>, ifindex: u32, ingress: bool, 
 pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut update = LinkUpdate { link: number(link), program: number(program), flags: 0, old: 0 };
     bpf(LINK_UPDATE, &mut update).map(|_| ())
+}
+
+/// Takes the link's program from its hook, now: the kernel lets go of a link that nobody holds a little later.
+pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(LINK_DETACH, &mut number(link)).map(|_| ())
 }
 
 /// CLOCK_MONOTONIC, the clock of the programs: it stands still while the machine sleeps.

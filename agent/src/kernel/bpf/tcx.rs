@@ -5,6 +5,8 @@
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
+    thread,
+    time::Duration,
 };
 
 use super::{
@@ -63,8 +65,30 @@ pub(super) fn attach(
         (Some(link), Some(_)) => sys::link_update(link.fd.as_fd(), spare()?.as_fd())?,
         _ => {}
     }
-    let link = sys::link_create(program.as_fd(), ifindex, ingress, must_be_first)?;
-    pins.replace_link(attachment, &link)
+    let link = create(program, ifindex, ingress, must_be_first)?;
+    pins.replace_link(attachment, &link)?;
+    old.map_or(Ok(()), |old| sys::link_detach(old.fd.as_fd()))
+}
+
+/// A link that somebody has just unpinned still holds the program at the hook, until the kernel gets to it. Blocks for
+/// 0.2 s at most.
+fn create(program: &OwnedFd, ifindex: u32, ingress: bool, first: bool) -> io::Result<OwnedFd> {
+    let mut attempts = 20;
+    loop {
+        match sys::link_create(program.as_fd(), ifindex, ingress, first) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempts > 0 => attempts -= 1,
+            other => return other,
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Detaches the attachment's pinned link, and unpins it.
+pub(super) fn detach(pins: &Pins, attachment: &Attachment) -> io::Result<()> {
+    if let Some(link) = open(pins, attachment)? {
+        sys::link_detach(link.fd.as_fd())?;
+    }
+    pins.remove_link(attachment)
 }
 
 /// Gives the link the program, if it has another.
