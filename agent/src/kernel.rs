@@ -9,6 +9,7 @@ pub mod facts;
 pub(crate) mod lease;
 mod link;
 pub mod nft;
+pub mod object;
 mod prefix;
 mod route;
 mod rtnl;

@@ -30,6 +30,8 @@ pub mod capacity {
     pub const NODES: u32 = 16_384;
     /// Bytes.
     pub const WAKE: u32 = 65_536;
+    /// More than there are reasons, so that a new one fits into a map that is pinned.
+    pub const DROPS: u32 = 64;
 }
 
 /// An IPv6 address, or an IPv4 address as `::ffff:a.b.c.d` (RFC 4291 §2.5.5.2). All zeros: none.
@@ -201,6 +203,49 @@ pub struct Count {
     pub bytes: u64,
 }
 
+/// Value of `TEST_KEY`, which only the object for test runs has: the tunnel key that the packet comes with. A test run cannot
+/// give it one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TestKey {
+    /// The other end. [`Addr::NONE`]: the packet has no tunnel key.
+    pub remote: Addr,
+    pub vni: u32,
+}
+
+/// Value of `TEST_SEEN`, which only the object for test runs has: what the last run decided. A test run shows neither a
+/// redirect's device nor a tunnel key. The agent zeroes it before.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TestSeen {
+    /// One of [`seen`].
+    pub kind: u32,
+    /// Where it was redirected to, or 0.
+    pub ifindex: u32,
+    /// The index into `DROPS` that was counted, plus one; 0: none. A packet that was answered as too big was counted.
+    pub reason: u32,
+    /// The tunnel key that was set, or zeros.
+    pub vni: u32,
+    pub remote: Addr,
+    pub local: Addr,
+}
+
+/// Where a test run's packet went.
+pub mod seen {
+    /// On, as it was: to the next program, the device or the stack.
+    pub const NEXT: u32 = 1;
+    /// Up the stack of this node, as a packet for this host.
+    pub const STACK: u32 = 2;
+    /// Out by the hop with a tunnel key: redirected to `carrick-hop`, or on where it is there already (no index).
+    pub const HOP: u32 = 3;
+    /// Redirected to a WireGuard device.
+    pub const DEVICE: u32 = 4;
+    /// Redirected into the ingress of `carrick-hop`.
+    pub const INGRESS: u32 = 5;
+    /// Dropped.
+    pub const DROP: u32 = 6;
+}
+
 macro_rules! reasons {
     ($($(#[$doc:meta])* $reason:ident => $text:literal,)*) => {
         /// Why a packet was dropped: the index into `DROPS`, per CPU. A closed list; new reasons go to the end.
@@ -264,6 +309,10 @@ reasons! {
     HelperFailed => "helper_failed",
 }
 
+/// IPv6 extension headers that are looked behind: hop-by-hop, routing, destination and fragment ones. What follows a
+/// fragment header is not looked behind at all.
+pub const MAX_EXTENSIONS: usize = 4;
+
 /// The slot that carries a flow: rendezvous hashing over the set bits of `healthy`, so that nothing healthy moves when
 /// another slot dies, and both families of hashes spread evenly. `None` if no bit is set.
 #[inline(always)]
@@ -282,8 +331,8 @@ pub const fn choose(flow: u32, healthy: u8) -> Option<u8> {
     if chosen == NO_SLOT { None } else { Some(chosen) }
 }
 
-/// What a flow is to [`choose`]: its addresses and its protocol (IPv4's, or IPv6's last next header that can be told
-/// without ports), the same for every fragment.
+/// What a flow is to [`choose`]: its addresses, as [`Addr`]s of four words that are read as they lie in memory, and its
+/// protocol (IPv4's, or IPv6's last next header that can be told without ports), the same for every fragment.
 #[inline(always)]
 pub const fn flow(source: &[u32; 4], destination: &[u32; 4], protocol: u8) -> u32 {
     let mut hash = protocol as u32;
@@ -317,12 +366,15 @@ const _: () = {
     assert!(size_of::<Answer>() == 516 && align_of::<Answer>() == 1);
     assert!(size_of::<Wake>() == 4);
     assert!(size_of::<Count>() == 16);
+    assert!(size_of::<TestKey>() == 20);
+    assert!(size_of::<TestSeen>() == 48);
+    assert!(Reason::ALL.len() <= capacity::DROPS as usize);
 };
 
 #[cfg(not(target_arch = "bpf"))]
 mod pod {
     #![allow(unsafe_code)]
-    use super::{Addr, Answer, Config, Count, Home, Node, Offered, Reach, Remote, Wake};
+    use super::{Addr, Answer, Config, Count, Home, Node, Offered, Reach, Remote, TestKey, TestSeen, Wake};
 
     // SAFETY: each is `repr(C)` of integers and byte arrays, without padding: the sizes asserted above are the sums of
     // their fields.
@@ -345,4 +397,8 @@ mod pod {
     unsafe impl aya::Pod for Wake {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Count {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for TestKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for TestSeen {}
 }

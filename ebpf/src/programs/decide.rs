@@ -1,0 +1,311 @@
+//! What is to become of a packet: each program's decision, as a value.
+//!
+//! Invariant: a decision changes neither packet nor skb; besides its [`Verdict`] it only notes that a member has traffic.
+
+use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
+use ebpf::{Config, IDLE_NS, NO_SLOT, Reason, Remote, SLOTS, TRAFFIC_NS, choose, flow, probe, remote};
+
+use super::{
+    maps::{self, NONE, Words, words},
+    packet::{ETH_LEN, Packet, Wire},
+    probe::L4,
+    skb::{Skb, bounded},
+};
+
+/// A tunnel key: of a packet that came by the hop.
+#[derive(Clone, Copy)]
+pub struct Key {
+    pub vni: u32,
+    /// The outer source.
+    pub remote: Words,
+}
+
+/// What is to become of a packet. A struct whose fields are all set, not an enum with values in its variants: where the
+/// compiler may leave a value undefined it also works on undefined registers, which the verifier refuses.
+#[derive(Clone, Copy)]
+pub struct Verdict {
+    pub kind: Kind,
+    /// Of [`Kind::Device`] the index, of [`Kind::TooBig`] the limit.
+    pub number: u32,
+    /// Of [`Kind::Node`]: its hop address.
+    pub node: Words,
+    /// Takes one from the TTL: we forward here in the stack's place.
+    pub hop: bool,
+    /// For traffic that was steered: the index of `SENT`, plus one, and what is added there.
+    pub sent: u32,
+    pub packets: u32,
+    pub bytes: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Kind {
+    /// On as it is: nothing of ours, or done already.
+    Next,
+    /// Up the stack of this node.
+    Stack,
+    /// Into the ingress of `carrick-hop`, so that the stack sees one device of ours.
+    Inject,
+    /// Out by the hop to a node.
+    Node,
+    /// Out by a device.
+    Device,
+    /// A probe: answered in place, back where it came from.
+    Answer,
+    /// Told to the sender with the limit, and dropped.
+    TooBig,
+}
+
+impl Verdict {
+    #[inline(always)]
+    pub const fn of(kind: Kind, number: u32) -> Verdict {
+        Verdict { kind, number, node: NONE, hop: false, sent: 0, packets: 0, bytes: 0 }
+    }
+
+    #[inline(always)]
+    fn node(node: Words) -> Verdict {
+        Verdict { node, ..Verdict::of(Kind::Node, 0) }
+    }
+
+    /// Counted at `index` of `SENT`.
+    #[inline(always)]
+    fn counted(self, index: u32, wire: Wire) -> Verdict {
+        Verdict { sent: index + 1, packets: wire.packets, bytes: wire.bytes, ..self }
+    }
+
+    #[inline(always)]
+    fn as_hop(self, hop: bool) -> Verdict {
+        Verdict { hop, ..self }
+    }
+}
+
+/// The verdict, or why the packet is dropped.
+pub type Decision = Result<Verdict, Reason>;
+
+/// Egress of `carrick-hop`.
+#[inline(always)]
+pub fn steer(skb: Skb, config: &Config) -> Decision {
+    let packet = &Packet::parse(skb, ETH_LEN)?;
+    match maps::remote(&packet.destination) {
+        Some(Remote { member, kind: remote::RANGE, .. }) => to_member(skb, config, packet, *member, Hops::Any),
+        Some(Remote { member, kind: remote::OVERLAY, .. }) => to_overlay(skb, config, packet, *member),
+        _ => Err(Reason::NotRemote),
+    }
+}
+
+/// Egress of a native device.
+#[inline(always)]
+pub fn steer_native(skb: Skb, config: &Config, packet: &Packet) -> Decision {
+    let ports = packet.udp_ports(skb);
+    let own = skb.ingress_ifindex() == 0;
+    if !own && ports.is_some_and(|(_, to)| to == config.hop_port) && maps::node(&packet.destination).is_some() {
+        return Err(Reason::HopForged);
+    }
+    match maps::remote(&packet.destination) {
+        Some(Remote { member, kind: remote::RANGE, .. }) => {
+            let first = config.wireguard_port;
+            let ours = |port: u16| (first..first.saturating_add(u16::from(SLOTS))).contains(&port);
+            if own && ports.is_some_and(|(from, _)| ours(from)) {
+                return Err(Reason::Loop);
+            }
+            to_member(skb, config, packet, *member, Hops::Any)
+        }
+        Some(Remote { kind: remote::OVERLAY, .. }) => Err(Reason::NotForOverlay),
+        _ => Ok(Verdict::of(Kind::Next, 0)),
+    }
+}
+
+/// Ingress of `carrick-hop`, of a packet that came with a tunnel key.
+#[inline(always)]
+pub fn from_hop(skb: Skb, config: &Config, key: &Key) -> Decision {
+    if !is_authentic(skb, config, key) {
+        return Err(Reason::HopUnauthenticated);
+    }
+    let Some(node) = maps::node(&key.remote) else { return Err(Reason::HopUnknownNode) };
+    let from_gateway = node.slot != NO_SLOT;
+    if config.slot == NO_SLOT && !from_gateway {
+        return Err(Reason::HopUnknownNode);
+    }
+    let packet = &Packet::parse(skb, ETH_LEN)?;
+    let lives_there = maps::home(&packet.source).is_some_and(|home| home == words(&node.home));
+    let is_here = maps::home(&packet.destination) == Some(NONE);
+    if !lives_there {
+        let is_remote = matches!(maps::remote(&packet.source), Some(Remote { kind: remote::RANGE, .. }));
+        if !from_gateway || !is_remote || !is_here {
+            return Err(Reason::HopForeignSource);
+        }
+    }
+    match maps::remote(&packet.destination) {
+        Some(Remote { kind: remote::OVERLAY, .. }) => {
+            if !lives_there || packet.destination != words(&config.overlay) {
+                return Err(Reason::NotForOverlay);
+            }
+            of_probe(skb, config, packet, Verdict::of(Kind::Stack, 0))
+        }
+        Some(Remote { member, kind: remote::RANGE, .. }) if config.slot != NO_SLOT => {
+            let verdict = to_member(skb, config, packet, *member, Hops::Last)?;
+            let expires = packet.ttl <= 1 && verdict.kind == Kind::Device;
+            Ok(if expires { Verdict::of(Kind::Stack, 0) } else { verdict })
+        }
+        _ if is_here => Ok(Verdict::of(Kind::Stack, 0)),
+        _ => Err(Reason::HopForeignSource),
+    }
+}
+
+/// Ingress of a WireGuard device.
+#[inline(always)]
+pub fn from_peer(skb: Skb, config: &Config, l2: u32) -> Decision {
+    let packet = &Packet::parse(skb, l2)?;
+    let Some(&Remote { member, kind, .. }) = maps::remote(&packet.source) else { return Err(Reason::ForeignSource) };
+    if member == config.member || !matches!(kind, remote::RANGE | remote::OVERLAY) {
+        return Err(Reason::ForeignSource);
+    }
+    let to_overlay = matches!(maps::remote(&packet.destination), Some(Remote { kind: remote::OVERLAY, .. }));
+    if kind == remote::OVERLAY || to_overlay {
+        if kind != remote::OVERLAY || packet.destination != words(&config.overlay) {
+            return Err(Reason::NotForOverlay);
+        }
+        return of_probe(skb, config, packet, Verdict::of(Kind::Inject, 0));
+    }
+    if !maps::is_offered(&packet.destination, member) {
+        return Err(Reason::NotOffered);
+    }
+    let Some(home) = maps::home(&packet.destination) else { return Err(Reason::NoHome) };
+    if home == NONE || packet.ttl <= 1 {
+        return Ok(Verdict::of(Kind::Inject, 0));
+    }
+    let limit = u32::from(config.hop_mtu);
+    if packet.on_wire(skb).largest > limit {
+        return Ok(Verdict::of(Kind::TooBig, limit));
+    }
+    Ok(Verdict::node(home).as_hop(true))
+}
+
+/// Which gateways may carry a packet on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hops {
+    /// This one, or another of this cluster.
+    Any,
+    /// This one alone: the packet came by the hop, and a second time could go round.
+    Last,
+}
+
+/// Steers what is for a member.
+#[inline(always)]
+fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, hops: Hops) -> Decision {
+    if !maps::is_offered(&packet.source, member) {
+        return Err(Reason::SourceNotOffered);
+    }
+    let reach = maps::health(member);
+    let limit = u32::from(if reach.mtu == 0 { config.mtu } else { reach.mtu });
+    let wire = packet.on_wire(skb);
+    if wire.largest > limit {
+        return Ok(Verdict::of(Kind::TooBig, limit));
+    }
+    note_traffic(member);
+    let flow = flow(&packet.source, &packet.destination, packet.protocol);
+    let hop = hops == Hops::Last;
+    if config.slot != NO_SLOT
+        && let Some(slot) = choose(flow, reach.links)
+    {
+        return Ok(device(config, slot)?.as_hop(hop).counted(u32::from(SLOTS) + u32::from(slot), wire));
+    }
+    let own = if config.slot < SLOTS { 1 << config.slot } else { 0 };
+    match choose(flow, reach.via & !own) {
+        Some(slot) if hops == Hops::Any => Ok(gateway(config, slot)?.counted(u32::from(slot), wire)),
+        _ => Err(Reason::NoGateway),
+    }
+}
+
+/// A probe of this node's own, to exactly the slot that it names. Health is not asked: probes are how it is known.
+#[inline(always)]
+fn to_overlay(skb: Skb, config: &Config, packet: &Packet, member: u16) -> Decision {
+    let own = skb.ingress_ifindex() == 0 && packet.source == words(&config.overlay);
+    let [.., high, low] = packet.destination;
+    let host = u32::from_be(low);
+    if !own || !is_probe(skb, config, packet) || high != 0 || host == 0 || host > u32::from(SLOTS) {
+        return Err(Reason::NotForOverlay);
+    }
+    let slot = host as u8 - 1;
+    if member == config.member {
+        gateway(config, slot)
+    } else if config.slot == NO_SLOT {
+        Err(Reason::NoDevice)
+    } else {
+        device(config, slot)
+    }
+}
+
+/// An ask is answered here, an answer goes up to the prober by `up`.
+#[inline(always)]
+fn of_probe(skb: Skb, config: &Config, packet: &Packet, up: Verdict) -> Decision {
+    if !is_probe(skb, config, packet) {
+        return Err(Reason::NotForOverlay);
+    }
+    let Some([magic, kind]) = skb.load::<[u32; 2]>(packet.l3 + L4 + 8) else { return Err(Reason::MalformedProbe) };
+    let exact = packet.declared == L4 + 8 + probe::LEN as u32;
+    if !exact || magic != u32::from_ne_bytes(probe::MAGIC) {
+        return Err(Reason::MalformedProbe);
+    }
+    match kind.to_ne_bytes()[0] {
+        probe::ASK => Ok(Verdict::of(Kind::Answer, 0)),
+        probe::ANSWER => Ok(up),
+        _ => Err(Reason::MalformedProbe),
+    }
+}
+
+/// UDP between the two probe ports, in one piece and without extension headers.
+#[inline(always)]
+fn is_probe(skb: Skb, config: &Config, packet: &Packet) -> bool {
+    let port = config.probe_port;
+    packet.v6 && packet.l4 - packet.l3 == L4 && packet.udp_ports(skb) == Some((port, port))
+}
+
+/// Whether VNI and inner destination MAC are those of one secret.
+#[inline(always)]
+fn is_authentic(skb: Skb, config: &Config, key: &Key) -> bool {
+    let Some(mac) = skb.load::<[u8; 6]>(0) else { return false };
+    let is = |secret: usize| {
+        secret < usize::from(config.secrets) && config.vni[secret] == key.vni && config.mac[secret] == mac
+    };
+    is(0) || is(1)
+}
+
+#[inline(always)]
+fn device(config: &Config, slot: u8) -> Decision {
+    match config.wireguard[bounded(u32::from(slot), 7) as usize] {
+        0 => Err(Reason::NoDevice),
+        ifindex => Ok(Verdict::of(Kind::Device, ifindex)),
+    }
+}
+
+/// The hop address of a gateway of this cluster, of the first family that it shares with this node.
+#[inline(always)]
+fn gateway(config: &Config, slot: u8) -> Decision {
+    let slot = bounded(u32::from(slot), 7) as usize;
+    for family in 0..2 {
+        let addr = words(&config.gateways[family][slot]);
+        if addr != NONE && words(&config.hop[family]) != NONE {
+            return Ok(Verdict::node(addr));
+        }
+    }
+    Err(Reason::NoDevice)
+}
+
+/// Tells the agent of the first packet after a pause.
+#[inline(always)]
+fn note_traffic(member: u16) {
+    let Some(last) = maps::traffic(member) else { return };
+    // SAFETY: takes nothing.
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    // SAFETY: one aligned word. Two processors may both see the pause: the agent is then told twice.
+    let before = unsafe { last.read_volatile() };
+    let pause = now.wrapping_sub(before);
+    if pause > TRAFFIC_NS {
+        // SAFETY: as above.
+        unsafe { last.write_volatile(now) };
+        if before == 0 || pause > IDLE_NS {
+            maps::wake(member);
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The maps, pinned by name, and how the programs look into them.
+//!
+//! Invariant: an [`Addr`] in a map value lies at a multiple of four bytes, so it is read as four words ([`words`]).
+
+use aya_ebpf::{
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, lpm_trie},
+};
+use ebpf::{
+    Addr, Answer, Config, Count, Home, MAX_MEMBER_ID, Node, Offered, Reach, Reason, Remote, SLOTS, Wake, capacity,
+};
+
+/// An address as four words, each as it lies in memory: comparing and copying bytes costs four times the instructions.
+pub type Words = [u32; 4];
+
+/// [`Addr::NONE`].
+pub const NONE: Words = [0; 4];
+/// The third word of an IPv4 address.
+pub const V4_MARK: u32 = 0xffff_u32.to_be();
+
+/// Members, the own id included.
+const MEMBERS: u32 = MAX_MEMBER_ID as u32 + 1;
+
+#[map]
+static REMOTE: LpmTrie<Words, Remote> = LpmTrie::pinned(capacity::REMOTE, 0);
+#[map]
+static OWN: LpmTrie<Words, Offered> = LpmTrie::pinned(capacity::OWN, 0);
+#[map]
+static HOMES: LpmTrie<Words, Home> = LpmTrie::pinned(capacity::HOMES, 0);
+#[map]
+static NODES: HashMap<Words, Node> = HashMap::pinned(capacity::NODES, 0);
+#[map]
+static CONFIG: Array<Config> = Array::pinned(1, 0);
+#[map]
+static HEALTH: Array<Reach> = Array::pinned(MEMBERS, 0);
+#[map]
+static TRAFFIC: Array<u64> = Array::pinned(MEMBERS, 0);
+#[map]
+static WAKE: RingBuf = RingBuf::pinned(capacity::WAKE, 0);
+#[map]
+static ANSWER: Array<Answer> = Array::pinned(1, 0);
+#[map]
+static DROPS: PerCpuArray<u64> = PerCpuArray::pinned(capacity::DROPS, 0);
+#[map]
+static SENT: PerCpuArray<Count> = PerCpuArray::pinned(2 * SLOTS as u32, 0);
+
+/// A whole address as the key of a longest-prefix map.
+#[repr(C)]
+struct Key {
+    bits: u32,
+    addr: Words,
+}
+
+#[inline(always)]
+fn longest<'a, V>(map: &'a LpmTrie<Words, V>, addr: &Words) -> Option<&'a V> {
+    let key = Key { bits: 128, addr: *addr };
+    // SAFETY: the same fields in the same order, and aya's key is packed, so any alignment will do.
+    map.get(unsafe { &*(&raw const key).cast::<lpm_trie::Key<Words>>() })
+}
+
+#[inline(always)]
+pub fn remote(addr: &Words) -> Option<&Remote> {
+    longest(&REMOTE, addr)
+}
+
+#[inline(always)]
+pub fn home(addr: &Words) -> Option<Words> {
+    longest(&HOMES, addr).map(|home| words(&home.node))
+}
+
+#[inline(always)]
+pub fn node(addr: &Words) -> Option<&Node> {
+    // SAFETY: the agent alone writes the map, and an entry that is replaced while we read it is one or the other.
+    unsafe { NODES.get(addr) }
+}
+
+/// Whether `addr` is what this member offers to `member`.
+#[inline(always)]
+pub fn is_offered(addr: &Words, member: u16) -> bool {
+    let Some(offered) = longest(&OWN, addr) else { return false };
+    offered.members[usize::from(member >> 6) & 63] & (1 << (member & 63)) != 0
+}
+
+/// `None` until the agent has written it.
+#[inline(always)]
+pub fn config() -> Option<&'static Config> {
+    CONFIG.get(0).filter(|config| config.hop_ifindex != 0)
+}
+
+#[inline(always)]
+pub fn health(member: u16) -> Reach {
+    HEALTH.get(u32::from(member)).copied().unwrap_or_default()
+}
+
+#[inline(always)]
+pub fn traffic(member: u16) -> Option<*mut u64> {
+    TRAFFIC.get_ptr_mut(u32::from(member))
+}
+
+#[inline(always)]
+pub fn answer() -> Option<&'static Answer> {
+    ANSWER.get(0)
+}
+
+#[inline(always)]
+pub fn wake(member: u16) {
+    // Where the ring is full the agent is behind anyway, and finds the time in TRAFFIC.
+    let _full = WAKE.output::<Wake>(Wake { member: u32::from(member) }, 0);
+}
+
+#[inline(always)]
+pub fn count_drop(reason: Reason) {
+    if let Some(count) = DROPS.get_ptr_mut(reason as u32) {
+        // SAFETY: per CPU, and a program is not interrupted by itself.
+        unsafe { *count += 1 };
+    }
+}
+
+/// Counts what leaves by index `way` of `SENT`.
+#[inline(always)]
+pub fn count_sent(way: u32, packets: u32, bytes: u32) {
+    if let Some(count) = SENT.get_ptr_mut(way) {
+        // SAFETY: as above.
+        unsafe {
+            (*count).packets += u64::from(packets);
+            (*count).bytes += u64::from(bytes);
+        }
+    }
+}
+
+/// The address as words.
+#[inline(always)]
+pub fn words(addr: &Addr) -> Words {
+    // SAFETY: 16 bytes that are valid as words, at a multiple of four (the invariant of this module).
+    unsafe { core::ptr::from_ref(addr).cast::<Words>().read() }
+}
