@@ -93,11 +93,23 @@ impl TooBig {
             ("IP header", if v4 { !self.is_v4_header(l3) } else { !self.is_v6_header(l3) }),
             ("type", icmp[..2] != if v4 { [3, 4] } else { [2, 0] }),
             ("limit", icmp[4..8] != [0, 0, limit[0], limit[1]]),
-            ("quotation", quoted.len() < least || !self.about.starts_with(quoted)),
+            ("quotation", quoted.len() < least || !self.quotes(quoted)),
             ("size", l3.len() > if v4 { 576 } else { 1280 }),
             ("checksum", if v4 { checksum(icmp) != 0 } else { icmpv6_sum(l3) != 0 }),
         ];
         wrong.into_iter().find(|(_, wrong)| *wrong).map(|(what, _)| what)
+    }
+
+    /// Whether that is the packet's beginning. Its transport checksum may be another: nobody can check it on a part, and it
+    /// is what keeps the error's own checksum right where the kernel has still to fill one in.
+    fn quotes(&self, quoted: &[u8]) -> bool {
+        let [mut ours, mut theirs] = [self.about.get(..quoted.len()).unwrap_or_default().to_vec(), quoted.to_vec()];
+        if let Some(at) = self.checksum_at {
+            for bytes in [&mut ours, &mut theirs] {
+                bytes.iter_mut().skip(at).take(2).for_each(|byte| *byte = 0);
+            }
+        }
+        ours == theirs
     }
 
     /// Bytes of the packet that a receiver needs to know whose it was.

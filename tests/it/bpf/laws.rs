@@ -11,7 +11,7 @@ use proptest::{
     collection::vec,
     prelude::*,
     sample::select,
-    test_runner::{Config, TestCaseError, TestRunner},
+    test_runner::{Config, TestCaseError, TestError, TestRunner},
 };
 
 use super::{
@@ -41,7 +41,7 @@ fn agrees(program: Program, way: Way) {
         let worlds = ((wanted() - *ran.borrow()) / IN_A_WORLD + 1) as u32;
         let ages = vec(select(AGES.to_vec()), MEMBERS.len());
         let strategy = (world(), ages, vec(case(way), 1..2 * IN_A_WORLD));
-        let config = Config { cases: worlds, failure_persistence: None, ..Config::default() };
+        let config = Config { cases: worlds, failure_persistence: None, max_shrink_iters: 4096, ..Config::default() };
         let result = TestRunner::new(config).run(&strategy, |(world, ages, cases)| {
             *ran.borrow_mut() += cases.len();
             let outcomes = one_world(program, &mut loaded.borrow_mut(), &world, &ages, &cases)?;
@@ -50,8 +50,12 @@ fn agrees(program: Program, way: Way) {
             }
             Ok(())
         });
-        if let Err(error) = result {
-            panic!("{}: {error}", program.name());
+        match result {
+            Ok(()) => {}
+            Err(TestError::Abort(reason)) => panic!("{}: {reason}", program.name()),
+            Err(TestError::Fail(reason, (world, ages, cases))) => {
+                panic!("{}: {reason}\nafter {} others, ages {ages:?}\n{world:x?}", program.name(), cases.len() - 1)
+            }
         }
     }
     println!("{}: {} packets", program.name(), ran.borrow());
@@ -106,10 +110,10 @@ fn one_world(
     for case in cases {
         let frame = case.packet.bytes();
         let outcome = model(world, &frame, &case.context);
-        let ran = loaded.run(&frame, &case.context).map_err(failed)?;
+        let ran = loaded.run(&frame, &case.context).map_err(|error| failed(error.context(hex(&frame))))?;
         if let Some(wrong) = differs(&outcome, &ran) {
             return Err(TestCaseError::fail(format!(
-                "{wrong}\nof the packet\n{}the model says {:x?} {:?}",
+                "{wrong}\nof the packet\n{}{case:x?}\nthe model says {:x?} {:?}",
                 hex(&frame),
                 outcome.verdict,
                 outcome.dropped

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ebpf::{Addr, Answer, Config, NO_SLOT, Node, Reach, Reason, Remote, SLOTS, probe, remote};
 
 use super::parse::{Fragment, Ip, Malformed, parse};
-use super::packet::{ETH, SYN, TCP, UDP, checksum, is_v4, pseudo_checksum, wire};
+use super::packet::{ETH, ICMP, ICMPV6, SYN, TCP, UDP, checksum, is_v4, pseudo_checksum, wire};
 
 /// An address and the length of its prefix, 0 to 128.
 pub type Prefix = (Addr, u32);
@@ -80,6 +80,8 @@ pub struct TooBig {
     pub limit: u16,
     /// The IP packet that it is about; the error goes from its destination to its source.
     pub about: Vec<u8>,
+    /// Where that has its transport checksum.
+    pub checksum_at: Option<usize>,
 }
 
 /// Steered traffic.
@@ -107,6 +109,12 @@ pub struct Outcome {
 
 /// The index of the only device of a test run, `lo`.
 pub const HERE: u32 = 1;
+
+/// Bytes of IP headers beyond which a packet is not quoted, so that nobody is told of it: extension headers of 25 bytes.
+const LONGEST_QUOTED: usize = 64;
+
+/// The source MAC of what comes to the stack from a device without any.
+const NOBODY: [u8; 6] = [2, 0, 0, 0, 0, 0];
 
 pub fn lookup<V: Clone>(map: &BTreeMap<Prefix, V>, addr: Addr) -> Option<V> {
     map.iter()
@@ -322,7 +330,7 @@ pub fn from_hop(world: &World, frame: &[u8], context: &Context) -> Outcome {
 pub fn to_peer(world: &World, frame: &[u8], context: &Context) -> Outcome {
     let mut outcome = next(frame, context);
     if let Ok(ip) = parse(frame, context.gso_size > 0)
-        && let Some(found) = world.remote(ip.dst)
+        && let Some(found) = world.remote(ip.dst).filter(|found| found.kind == remote::RANGE && world.is_configured())
     {
         let limit = world.limit(found.member);
         outcome.frame = Frame::Exactly(clamped(frame, &ip, limit));
@@ -502,6 +510,7 @@ impl Seen<'_> {
     fn by_device(&self, ifindex: u32) -> Outcome {
         Outcome {
             verdict: Verdict::Device(ifindex),
+            mark: 0,
             ..next(self.frame, self.context)
         }
     }
@@ -534,7 +543,7 @@ impl Seen<'_> {
     fn delivered(&self, home: Addr) -> Outcome {
         let limit = self.config().hop_mtu;
         if self.size() > usize::from(limit) {
-            let error = TooBig { eth: [None, None], limit, about: self.l3().to_vec() };
+            let error = self.error([None, None], limit);
             return self.told(error, Verdict::Device(HERE));
         }
         let Some(key) = self.world.key(home) else { return dropped(Reason::NoDevice, self.context) };
@@ -546,7 +555,7 @@ impl Seen<'_> {
     /// From a tunnel to this node's stack.
     fn injected(&self) -> Outcome {
         let config = self.config();
-        let frame = ethernet(config.hop_mac, [0; 6], self.ip.v4, self.l3());
+        let frame = ethernet(config.hop_mac, NOBODY, self.ip.v4, self.l3());
         Outcome {
             verdict: Verdict::Ingress(config.hop_ifindex),
             frame: Frame::Exactly(frame),
@@ -556,31 +565,39 @@ impl Seen<'_> {
 
     fn too_big(&self, limit: u16, from: From) -> Outcome {
         let config = self.config();
-        let about = self.l3().to_vec();
         match (from, self.context.key) {
             // Back to the node that it came from.
             (From::Worker, Some(key)) => match self.world.key(key.remote) {
                 None => dropped(Reason::TooBig, self.context),
                 Some(key) => {
                     let eth = [Some(config.mac[0]), Some(config.hop_mac)];
-                    let told = self.told(TooBig { eth, limit, about }, Verdict::Hop(config.hop_ifindex, key));
-                    Outcome { mark: if told.verdict == Verdict::Drop { told.mark } else { 0 }, ..told }
+                    self.told(self.error(eth, limit), Verdict::Hop(config.hop_ifindex, key))
                 }
             },
             // To this node's stack.
             _ => {
-                let error = TooBig { eth: [Some(config.hop_mac), None], limit, about };
+                let error = self.error([Some(config.hop_mac), None], limit);
                 self.told(error, Verdict::Ingress(config.hop_ifindex))
             }
         }
     }
 
+    fn error(&self, eth: [Option<[u8; 6]>; 2], limit: u16) -> TooBig {
+        let checksum_at = match self.ip.protocol {
+            TCP => Some(self.ip.l4 + 16),
+            UDP => Some(self.ip.l4 + 6),
+            _ => None,
+        };
+        TooBig { eth, limit, about: self.l3().to_vec(), checksum_at }
+    }
+
     /// No error is about an error, nor about a later fragment (RFC 1122 §3.2.2, RFC 4443 §2.4).
     fn told(&self, error: TooBig, verdict: Verdict) -> Outcome {
         let mut outcome = dropped(Reason::TooBig, self.context);
-        if self.ip.fragment != Fragment::Later && !self.is_icmp_error() {
+        if self.ip.fragment != Fragment::Later && !self.is_icmp_error() && self.ip.l4 <= LONGEST_QUOTED {
             outcome.verdict = verdict;
             outcome.frame = Frame::TooBig(error);
+            outcome.mark = if matches!(verdict, Verdict::Ingress(_)) { self.context.mark } else { 0 };
         }
         outcome
     }
@@ -588,8 +605,9 @@ impl Seen<'_> {
     fn is_icmp_error(&self) -> bool {
         let kind = self.l3().get(self.ip.l4).copied();
         match self.ip.protocol {
-            super::packet::ICMP => kind.is_none_or(|kind| [3, 4, 5, 11, 12].contains(&kind)),
-            super::packet::ICMPV6 => kind.is_none_or(|kind| kind < 128),
+            ICMP => kind.is_none_or(|kind| [3, 4, 5, 11, 12].contains(&kind)),
+            // A redirect is none by its number, and yet not answered.
+            ICMPV6 => kind.is_none_or(|kind| kind < 128 || kind == 137),
             _ => false,
         }
     }
@@ -623,6 +641,7 @@ impl Seen<'_> {
             },
             _ => Outcome {
                 verdict: Verdict::Device(HERE),
+                mark: 0,
                 frame: Frame::Exactly([&self.frame[..ETH], &l3].concat()),
                 ..next(self.frame, self.context)
             },

@@ -111,7 +111,7 @@ pub struct Probe {
 #[derive(Clone, Copy, Debug)]
 pub enum Harm {
     None,
-    /// The frame ends here (never before the Ethernet header does).
+    /// The frame ends here, but not before its IP header does.
     Cut(usize),
     /// Bytes after the packet's own end.
     Trailing(usize),
@@ -353,16 +353,22 @@ fn content(len: usize) -> Vec<u8> {
 
 impl Harm {
     fn apply(self, frame: &mut Vec<u8>) {
+        // A test run refuses a frame that says IP and has no whole IP header.
+        let least = ETH
+            + match [frame[12], frame[13]] {
+                [0x08, 0x00] => 20,
+                [0x86, 0xdd] => 40,
+                _ => 1,
+            };
         match self {
             Harm::None => {}
-            Harm::Cut(at) => frame.truncate(at.max(ETH)),
+            Harm::Cut(at) => frame.truncate(at),
             Harm::Trailing(bytes) => frame.resize(frame.len() + bytes, 0xee),
             Harm::Flip { at, xor } => {
                 let after = frame.len() - ETH;
-                if after > 0 {
-                    frame[ETH + at % after] ^= xor;
-                }
+                frame[ETH + at % after] ^= xor;
             }
         }
+        frame.resize(frame.len().max(least), 0);
     }
 }

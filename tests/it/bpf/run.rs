@@ -11,6 +11,7 @@ use ebpf::TestSeen;
 use super::{
     maps::Maps,
     model::{self, Context, Outcome, World},
+    packet::ETH,
 };
 
 /// `TCX_NEXT`, `TCX_DROP` and `TCX_REDIRECT` of linux/bpf.h.
@@ -73,7 +74,10 @@ pub struct Ran {
 impl Loaded {
     pub fn new(program: Program) -> Result<Loaded> {
         super::own_bpffs()?;
-        let mut object = EbpfLoader::new().load(agent::kernel::object::TEST_OBJECT)?;
+        let mut object = EbpfLoader::new()
+            // Test runs always have an Ethernet header, the WireGuard devices none.
+            .override_global("L2", &(ETH as u32), true)
+            .load(agent::kernel::object::TEST_OBJECT)?;
         let entry = format!("test_{}", program.name());
         let classifier: &mut SchedClassifier =
             object.program_mut(&entry).with_context(|| format!("the object has no program {entry}"))?.try_into()?;
