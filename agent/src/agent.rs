@@ -20,19 +20,20 @@ use crate::{
     dial::Dialer,
     kernel::{
         self, Linux, Secrets,
+        bpf::Bpf,
         events::{self, Event},
         facts,
     },
-    names::{MemberName, Table},
+    names::MemberName,
     plan::member_of,
     reconcile::{Kernel, Outcome, Reading, reconcile},
     resolve::{Resolved, Resolver},
     run_dir::{Lock, LockError},
     source::{self, Snapshot},
-    state::Route,
+    state::Remote,
     status::{PeerStatus, RouteStatus, Status, connected},
-    status_socket,
-    survey::{Keys, Survey, View, survey},
+    status_socket::{self, Request},
+    survey::{Keys, Survey, View, node_name, survey},
     tunnel::client::Client,
 };
 
@@ -53,6 +54,8 @@ pub enum AgentError {
     Privileges(#[from] kernel::Unprivileged),
     #[error("cannot open netlink sockets")]
     Netlink(#[source] std::io::Error),
+    #[error("the BPF programs in this binary are broken")]
+    Bpf(#[source] std::io::Error),
     #[error("cannot serve {}", path.display())]
     Socket { path: PathBuf, source: std::io::Error },
 }
@@ -104,7 +107,11 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
             event = events.next(), if Instant::now() >= agent.quiet_until => cause_of(event),
             () = tunnel.changed() => Cause::Kernel,
             changed = resolved.changed() => { changed.expect("the agent holds the resolver"); Cause::Facts }
-            Some(sender) = asked.recv() => { reply = Some(sender); Cause::Resync }
+            Some((request, sender)) = asked.recv() => {
+                agent.asked(request);
+                reply = Some(sender);
+                Cause::Resync
+            }
             () = sleep_until(agent.next_pass.into()) => Cause::Resync,
         };
         if matches!(cause, Cause::Kernel | Cause::Facts) {
@@ -160,15 +167,18 @@ struct Agent {
     quiet_until: Instant,
     /// What was last said, so that it is said once.
     told: BTreeSet<String>,
+    /// Somebody wants this gateway drained.
+    drain: bool,
 }
 
 impl Agent {
     fn new(args: args::Node, client: Client, resolver: Resolver) -> Result<Agent, AgentError> {
-        let kernel = Linux::new(client, Secrets::default()).map_err(AgentError::Netlink)?;
+        let bpf = Bpf::new(&args.backend.bpffs, &args.backend.run_dir).map_err(AgentError::Bpf)?;
+        let kernel = Linux::new(client, Secrets::default(), bpf).map_err(AgentError::Netlink)?;
         let facts = facts::Reader::new().map_err(AgentError::Netlink)?;
         let now = Instant::now();
         Ok(Agent {
-            node: args.node_name.clone().unwrap_or_else(host_name),
+            node: node_name(&args).to_string(),
             args,
             kernel,
             facts,
@@ -183,7 +193,16 @@ impl Agent {
             contested: 0,
             quiet_until: now,
             told: BTreeSet::new(),
+            drain: false,
         })
+    }
+
+    fn asked(&mut self, request: Request) {
+        match request {
+            Request::Status => {}
+            Request::Drain => self.drain = true,
+            Request::Undrain => self.drain = false,
+        }
     }
 
     async fn pass(&mut self, cause: Cause, followed: source::Followed, resolved: &Resolved) -> Status {
@@ -203,9 +222,10 @@ impl Agent {
             self.resolver.follow(&view.endpoint_names());
             self.view = Some((snapshot, view));
         }
-        self.keys.refresh(&self.args);
+        let (_, view) = self.view.as_ref().expect("set above");
+        self.keys.refresh(&self.args, &view.intent);
         self.kernel.set_secrets(self.keys.secrets());
-        let node = match self.facts.read().await {
+        let node = match self.facts.read(&BTreeSet::new()).await {
             Ok(node) => node,
             Err(error) => return self.unable(format!("cannot read this node's links and addresses: {error}")),
         };
@@ -343,9 +363,8 @@ fn routes(view: &View) -> Vec<RouteStatus> {
 
 /// Remote ranges that hold an address of this node: its neighbours there are now reached through a tunnel, if at all.
 fn taken_from_us(survey: &Survey, node: &facts::Node) -> Vec<String> {
-    let ways =
-        survey.desired.routes.iter().filter(|((table, _), route)| *table == Table::Remote && **route != Route::Throw);
-    let ranges: Vec<_> = ways.map(|((_, range), _)| *range).collect();
+    let remote = survey.desired.maps.iter().flat_map(|maps| &maps.remote);
+    let ranges: Vec<_> = remote.filter(|(_, what)| matches!(what, Remote::Range(_))).map(|(range, _)| *range).collect();
     let held = |range: &&IpNetwork| node.addresses.iter().find(|address| range.contains(**address));
     let told = ranges.iter().filter_map(|range| held(&range).map(|address| (range, address)));
     told.map(|(range, address)| {
@@ -365,10 +384,6 @@ pub fn with_cause(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
-}
-
-fn host_name() -> String {
-    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "localhost".to_owned())
 }
 
 #[cfg(test)]

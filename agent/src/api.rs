@@ -1,4 +1,5 @@
-//! The objects that users write: `carrick.dev/v1alpha1`. The only serde types that face users.
+//! The objects that users write: `carrick.dev/v1alpha1`, and in [`v1`] those of Kubernetes that are read beside them. The
+//! only serde types that face users.
 //!
 //! Fields are strings, numbers and optional only: [`crate::intent`] parses them, so that one bad value cannot make a
 //! whole list fail to deserialize. What the API server can check of one object on its own is in the schema; what needs
@@ -10,6 +11,8 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
 use kube::{CustomResource, KubeSchema, core::Rule};
 use serde::{Deserialize, Serialize};
+
+pub mod v1;
 
 /// The limits that the schema and [`crate::intent`] share.
 pub mod limits {
@@ -73,6 +76,8 @@ pub struct Objects {
     pub advertisements: Vec<RouteAdvertisement>,
     pub policies: Vec<EgressPolicy>,
     pub gateways: Vec<MeshGateway>,
+    pub nodes: Vec<v1::Node>,
+    pub pods: Vec<v1::Pod>,
 }
 
 /// Who the member is, and what it may ever claim. Belongs to the administrators of the mesh.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use ipnetwork::IpNetwork;
 
-use crate::names::{MemberName, Ordinal};
+use crate::names::{MemberName, NodeName, Ordinal};
 
 /// Joins Kubernetes clusters: pods of one reach pods of another by their own IP, encrypted.
 #[derive(Debug, Parser)]
@@ -32,6 +32,9 @@ pub enum Command {
     Tunnel(Tunnel),
     /// Shows what this node's agent knows: peers, routes, refusals, problems. Exit code 1 if it is not ready.
     Status(Status),
+    /// Makes this gateway ready to be stopped: everybody sends elsewhere, and nothing is lost. Exit code 0 once nobody has
+    /// sent for 2 s; 1 if somebody still does after 30 s. It lasts until the agent restarts, or `--undo`.
+    Drain(Drain),
     /// Prints the operations that the agent would perform now, as `ip` and `wg` would do them, and performs none.
     Plan(Plan),
     /// Makes and shows this node's WireGuard keys.
@@ -52,10 +55,10 @@ pub struct Node {
     /// This cluster's name: that of its MeshCluster.
     #[arg(long, value_name = "NAME", env = "CARRICK_CLUSTER_NAME")]
     pub cluster_name: MemberName,
-    /// This node's name; default: the host's.
+    /// This node's name: that of its Node, where there are any. Default: the host's.
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
-    pub node_name: Option<String>,
-    /// The folder of the keys (0700): files `gateway-ORDINAL` and `psk-MEMBER` (0600, base64).
+    pub node_name: Option<NodeName>,
+    /// The folder of the keys (0700): files `gateway-ORDINAL`, `hop` and `psk-MEMBER` (0600, base64).
     #[arg(long, value_name = "DIR", default_value = "/etc/carrick/keys")]
     pub keys_dir: PathBuf,
     /// A range of this cluster's own beyond those it advertises, which no other member may claim; may be given several times.
@@ -82,6 +85,15 @@ pub struct Backend {
     /// UDP port of device 0; device j listens on this + j.
     #[arg(long, value_name = "PORT", default_value_t = 27473, value_parser = clap::value_parser!(u16).range(1..=65528))]
     pub wireguard_port: u16,
+    /// UDP port of the hop between the nodes of this cluster; the same on all of them.
+    #[arg(long, value_name = "PORT", default_value_t = 27472, value_parser = clap::value_parser!(u16).range(1..))]
+    pub hop_port: u16,
+    /// UDP port of probes between overlay addresses; the same on every node of every member.
+    #[arg(long, value_name = "PORT", default_value_t = 27455, value_parser = clap::value_parser!(u16).range(1..))]
+    pub probe_port: u16,
+    /// The BPF filesystem in which maps and programs outlive the agent.
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf")]
+    pub bpffs: PathBuf,
 }
 
 const DEFAULT_RUN_DIR: &str = "/run/carrick";
@@ -124,6 +136,16 @@ pub struct Status {
 }
 
 #[derive(Clone, Debug, ClapArgs)]
+pub struct Drain {
+    /// The folder of the agent's socket.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    pub run_dir: PathBuf,
+    /// Ends the draining.
+    #[arg(long)]
+    pub undo: bool,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
 pub struct Plan {
     #[command(flatten)]
     pub node: Node,
@@ -134,9 +156,17 @@ pub struct Plan {
 #[derive(Clone, Debug, Subcommand)]
 pub enum Keys {
     /// Makes the key of a slot and prints the public half. Never overwrites a key; `--add` puts a second one beside it.
+    ///
+    /// With `--hop`, makes the secret by which the nodes of this cluster know each other's packets, and prints its
+    /// fingerprint. Copy the file `hop` to the keys folder of every node. To replace it without losing a packet: add the
+    /// new one as second line, with `--hop --add`, and copy the file to every node; then swap the two lines on every
+    /// node, so that the new one sends; then delete the old line on every node.
     Gen {
         #[command(flatten)]
         slot: Slot,
+        /// Makes the cluster's hop secret instead of a slot's key.
+        #[arg(long, conflicts_with = "ordinal")]
+        hop: bool,
         /// Adds a second key for a rotation: the node uses the one that the folder names.
         #[arg(long)]
         add: bool,

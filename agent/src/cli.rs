@@ -1,6 +1,7 @@
 //! One file per subcommand; each is plan and diff with other ends.
 
 mod cleanup;
+mod drain;
 mod keys;
 mod plan;
 mod status;
@@ -25,6 +26,7 @@ pub fn main(args: Args) -> ExitCode {
     let answer = match args.command {
         Command::Agent(node) => block_on(async { Ok(agent::run(node, shutdown()?).await.map(|()| true)?) }),
         Command::Tunnel(args) => run_tunnel(args),
+        Command::Drain(args) => block_on(drain::run(args)),
         Command::Status(args) => block_on(status::run(args)),
         Command::Plan(args) => block_on(plan::run(args)),
         Command::Keys(args) => keys::run(args),

@@ -121,13 +121,14 @@ fn after(addresses: &[SocketAddr], current: SocketAddr) -> Option<SocketAddr> {
 }
 
 /// Every pair's addresses: its endpoints in order, names by what they resolved to, each at the port that answers this
-/// node's slot.
+/// node's slot. A worker dials nobody.
 pub fn candidates(intent: &Intent, facts: &Facts) -> BTreeMap<Key, Vec<SocketAddr>> {
+    let Some(slot) = intent.slot_of(&facts.node) else { return BTreeMap::new() };
     let gateways = intent.others().flat_map(|(_, member)| &member.gateways);
     gateways
         .map(|(ordinal, gateway)| {
             let addresses = gateway.endpoints.iter().flat_map(|endpoint| {
-                let port = endpoint.port + u16::from(facts.slot.get());
+                let port = endpoint.port + u16::from(slot.get());
                 addresses_of(&endpoint.host, &facts.resolved).into_iter().map(move |ip| SocketAddr::new(ip, port))
             });
             ((Device(*ordinal), gateway.key), addresses.collect())

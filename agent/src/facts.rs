@@ -6,16 +6,19 @@ use std::{
 };
 
 use crate::{
-    keys::{PskId, PublicKey},
-    names::{Device, MemberName, Ordinal},
+    keys::{HopId, PskId, PublicKey},
+    names::{Device, MemberName, NodeName},
+    overlay::Overlay,
 };
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
-    /// The slot that this node holds.
-    pub slot: Ordinal,
+    /// This node, as its Node is called where there are any.
+    pub node: NodeName,
     /// The public keys of the private keys that this node has for its slot, at most two.
     pub slot_keys: BTreeSet<PublicKey>,
+    /// The cluster's hop secrets, at most two; the first sends.
+    pub hop_ids: Vec<HopId>,
     /// Members with a preshared key; `None`: there is one, but it cannot be used.
     pub psks: BTreeMap<MemberName, Option<PskId>>,
     /// The addresses that an endpoint name last resolved to, in the order to try them.
@@ -27,10 +30,26 @@ pub struct Facts {
     pub carved: BTreeSet<IpAddr>,
     /// Smallest MTU, in bytes, of the native devices.
     pub underlay_mtu: u32,
+    /// The native devices by name, each with its MTU in bytes.
+    pub native: BTreeMap<String, u32>,
+    /// Bytes of an inner packet that reach the member's pods, as probes have found.
+    pub mtus: BTreeMap<MemberName, u16>,
     /// Whether the kernel has IPv6 at all.
     pub ipv6: bool,
     /// Addresses on this node, for source hints.
     pub addresses: BTreeSet<IpAddr>,
-    /// UDP port of device 0; device j listens on this + j.
-    pub base_port: u16,
+    /// The mesh's overlay addresses.
+    pub overlay: Overlay,
+    pub ports: Ports,
+}
+
+/// UDP ports of the data plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ports {
+    /// That of WireGuard device 0; device j listens on this + j.
+    pub wireguard: u16,
+    pub hop: u16,
+    /// First and last source port of the hop.
+    pub hop_sources: (u16, u16),
+    pub probe: u16,
 }

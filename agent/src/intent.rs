@@ -8,6 +8,7 @@
 //! collides with nothing that an earlier member *holds*. A refused claim holds nothing, so it refuses no other.
 //! Neither the order of the objects nor a timestamp, UID or version is ever looked at.
 
+mod cluster;
 mod endpoint;
 mod folder;
 mod prefix;
@@ -28,7 +29,7 @@ pub use self::warning::{Warning, warnings};
 use crate::{
     api::Objects,
     keys::PublicKey,
-    names::{MemberId, MemberName, Ordinal},
+    names::{MemberId, MemberName, NodeName, Ordinal},
 };
 
 /// The folder, validated. The same on every member.
@@ -45,6 +46,34 @@ pub struct Intent {
     /// Accepted here: this member with all its routes, and the others with those routes that they offer to this one
     /// and that collide with nothing here.
     pub members: BTreeMap<MemberName, Member>,
+    /// This member's own nodes. `None`: no document tells of any, so the member is one node, this one, with slot 0.
+    pub cluster: Option<Cluster>,
+}
+
+/// The nodes of this member's own cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Cluster {
+    pub nodes: BTreeMap<NodeName, Node>,
+    /// Who holds which slot: accepted nodes, each at most one slot.
+    pub gateways: BTreeMap<Ordinal, NodeName>,
+    /// Where pods live whose address lies in no node's `pods`.
+    pub pods: BTreeMap<IpAddr, NodeName>,
+}
+
+/// One node of this member's own cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// Its first InternalIP of each family, no other node's: by these the hop reaches it. Never empty.
+    pub hop: BTreeSet<IpAddr>,
+    /// Its pods' ranges. No two nodes have overlapping ones.
+    pub pods: BTreeSet<IpNetwork>,
+}
+
+impl Cluster {
+    /// The slot that the node holds; `None`: it is a worker, or none of ours.
+    pub fn slot_of(&self, node: &NodeName) -> Option<Ordinal> {
+        self.gateways.iter().find(|(_, holder)| *holder == node).map(|(ordinal, _)| *ordinal)
+    }
 }
 
 /// A member cluster, as its owner described it.
@@ -137,6 +166,8 @@ pub enum Kind {
     RouteAdvertisement,
     EgressPolicy,
     MeshGateway,
+    Node,
+    Pod,
 }
 
 macro_rules! reasons {
@@ -166,9 +197,9 @@ reasons! {
     /// A list is longer than the schema allows; what is beyond is left out.
     TooMany,
 
-    /// A member's name that is no DNS label.
+    /// A member's name that is no DNS label, a node's that is no DNS subdomain, or a slot's that is not its ordinal.
     InvalidName,
-    /// Two MeshClusters with one name: neither is believed.
+    /// Two MeshClusters or two Nodes with one name: neither is believed.
     DuplicateName,
     /// An id outside 1 to 4095.
     InvalidId,
@@ -181,6 +212,8 @@ reasons! {
     InvalidOrdinal,
     /// An ordinal that another gateway of the member holds.
     DuplicateOrdinal,
+    /// A slot for a node that holds another already.
+    DuplicateSlot,
     /// Not base64 of 32 bytes.
     InvalidKey,
     /// A key of zeros.
@@ -224,15 +257,34 @@ reasons! {
     UnknownCluster,
     /// Not inside one of the member's `allowedCIDRs`.
     OutsideAllowed,
-    /// Overlaps a range that another member holds.
+    /// Overlaps a range that another member, or another node of this one, holds.
     HeldByAnother,
+    /// Overlaps the overlay addresses of the mesh.
+    OverlayRange,
     /// Overlaps a range of this cluster.
     OwnRange,
     /// Holds the address of this cluster's API server.
     ApiServer,
 
-    /// This node's slot, or its key, is not in the folder.
+    /// A node without any address that the others could send to.
+    NoInternalIP,
+    /// Not an IP address.
+    InvalidAddress,
+    /// An address that another node or pod holds.
+    DuplicateAddress,
+    /// An address that is not that of the node it is said to be.
+    ForeignAddress,
+    /// A node that has no accepted Node: the claim waits for it.
+    UnknownNode,
+
+    /// This node, its slot, or its key, is not in the folder.
     NotInMesh,
+    /// No node of this cluster holds a slot.
+    NoGateway,
+    /// A node without IPv6 cannot hold a slot: probes and overlay addresses need it.
+    IPv6Disabled,
+    /// The cluster has several nodes, and this one lacks the secret by which they trust each other's packets.
+    HopSecretMissing,
     /// There is a preshared key for the member, but it cannot be used.
     PresharedKeyUnreadable,
 }
@@ -318,6 +370,13 @@ pub struct Local {
     pub api_server: Option<IpAddr>,
 }
 
+/// What the folder says of this member's own nodes, judged without knowing which member that is.
+pub fn nodes(objects: &Objects) -> (Option<Cluster>, Vec<Rejection>) {
+    let mut refused = Refused::default();
+    let cluster = cluster::read(objects, None, &mut refused);
+    (cluster, refused.into_vec())
+}
+
 /// Validates the folder. `mesh_domain`: in it no endpoint may lie, or the tunnel would need itself to start.
 ///
 /// The rejections are in a stable order, each once.
@@ -329,6 +388,14 @@ pub fn mesh(objects: &Objects, mesh_domain: &str) -> (Mesh, Vec<Rejection>) {
 }
 
 impl Intent {
+    /// The slot that the node of this cluster holds; `None`: it is a worker, or none of ours.
+    pub fn slot_of(&self, node: &NodeName) -> Option<Ordinal> {
+        match &self.cluster {
+            Some(cluster) => cluster.slot_of(node),
+            None => Some(Ordinal::ZERO),
+        }
+    }
+
     /// Every member but this one.
     pub fn others(&self) -> impl Iterator<Item = (&MemberName, &Member)> {
         self.members.iter().filter(|(name, _)| **name != self.me)
@@ -337,7 +404,7 @@ impl Intent {
     /// Takes `local`'s view of a `mesh` and the `objects` that it was made of.
     ///
     /// Refuses the prefixes of others that overlap this cluster's own ranges: its own advertisements (also those that
-    /// lost a conflict), [`Local::cidrs`] and [`Local::api_server`]; and their gateways that carry a key which this
+    /// lost a conflict), its nodes' addresses and pod ranges, [`Local::cidrs`] and [`Local::api_server`]; and their gateways that carry a key which this
     /// cluster's own MeshCluster names.
     pub fn new(mesh: &Mesh, objects: &Objects, local: &Local) -> (Intent, Vec<Rejection>) {
         let mut refused = Refused::default();

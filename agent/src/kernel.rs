@@ -1,11 +1,14 @@
 //! The one thin layer of effects: reads what is ours from the kernel, and applies one [`Op`] at a time.
 //!
-//! Invariant: what does not carry our marks (link names, tables, rule priority and table, the nft table) is neither
-//! reported nor changed.
+//! Invariant: what does not carry our marks (link names, tables, rule priority and table, the nft table, the protocol of
+//! an address) is neither reported nor changed.
 
+mod address;
+pub mod bpf;
 mod conntrack;
 pub mod events;
 pub mod facts;
+mod hop;
 pub(crate) mod lease;
 mod link;
 pub mod nft;
@@ -24,12 +27,15 @@ use std::{
 
 use ipnetwork::IpNetwork;
 
-use self::rtnl::Rtnl;
+use self::{
+    bpf::{Bpf, health::Health},
+    rtnl::Rtnl,
+};
 use crate::{
-    keys::{PresharedKey, PrivateKey, PskId, PublicKey},
-    names::{Device, Table},
+    keys::{HopId, HopMark, PresharedKey, PrivateKey, PskId, PublicKey},
+    names::{Device, Interface, Table},
     reconcile::{Kernel, Layer, Pair, ReadError, Reading},
-    state::{self, Family, Link, Nft, Op, Peer, Route, Rule},
+    state::{self, Entry, Family, Link, Nft, Op, Peer, Route, Rule},
 };
 
 /// The private halves, looked up by what a [`State`](crate::state::State) may hold.
@@ -37,6 +43,7 @@ use crate::{
 pub struct Secrets {
     pub private: BTreeMap<PublicKey, PrivateKey>,
     pub preshared: BTreeMap<PskId, PresharedKey>,
+    pub hop: BTreeMap<HopId, HopMark>,
 }
 
 /// What a backend says of one WireGuard device.
@@ -92,6 +99,7 @@ pub struct Linux<W> {
     wireguard: W,
     secrets: Secrets,
     rtnl: Rtnl,
+    bpf: Bpf,
     /// Prefixes at which the last reading found a route that is none of ours: where to look closer when setting one.
     crowded: BTreeSet<(Table, IpNetwork)>,
     /// Connections are still masqueraded from before the nft table stood. Until they are forgotten it reads as missing, so
@@ -101,9 +109,25 @@ pub struct Linux<W> {
 
 impl<W: WireGuard> Linux<W> {
     /// Must be called on a tokio runtime, which drives the sockets.
-    pub fn new(wireguard: W, secrets: Secrets) -> io::Result<Linux<W>> {
+    pub fn new(wireguard: W, secrets: Secrets, bpf: Bpf) -> io::Result<Linux<W>> {
         let rtnl = Rtnl::new()?;
-        Ok(Linux { wireguard, secrets, rtnl, crowded: BTreeSet::new(), masqueraded: false })
+        Ok(Linux { wireguard, secrets, rtnl, bpf, crowded: BTreeSet::new(), masqueraded: false })
+    }
+
+    /// Whether every BPF program that was attached at the last pass still is. To be asked often: no event tells of one
+    /// that is detached.
+    pub async fn still_attached(&self) -> io::Result<bool> {
+        self.bpf.still_attached(&self.rtnl).await
+    }
+
+    /// The maps of the prober and of status, as the last pass found or made them; `None`: there are none.
+    pub fn health(&self) -> io::Result<Option<Health>> {
+        self.bpf.health()
+    }
+
+    /// [`Health::generation`] of the maps that are pinned now.
+    pub fn health_generation(&self) -> io::Result<Option<u32>> {
+        self.bpf.generation()
     }
 
     /// Replaces the keys that later operations look up.
@@ -124,21 +148,18 @@ impl<W: WireGuard> Linux<W> {
     }
 
     async fn read_links_and_routes(&mut self, reading: &mut Reading) {
-        // A route names its device by index: without the links no route can be told.
-        let (links, devices) = match link::read(&self.rtnl).await {
+        let addresses = match link::addresses(&self.rtnl).await {
             Ok(found) => found,
-            Err(error) => {
-                let routes =
-                    io::Error::new(error.kind(), "the links could not be read, by which routes are understood");
-                reading.failed.extend([
-                    ReadError { layer: Layer::Link, source: error },
-                    ReadError { layer: Layer::Route, source: routes },
-                ]);
-                return;
-            }
+            Err(error) => return unreadable(reading, Layer::Address, &[Layer::Link, Layer::Route], error),
         };
-        reading.state.links = links;
-        reading.state.routes = keep(reading, Layer::Route, route::read(&self.rtnl, &devices).await);
+        reading.state.overlay = address::overlay(&addresses);
+        let links = match link::read(&self.rtnl, &addresses).await {
+            Ok(found) => found,
+            Err(error) => return unreadable(reading, Layer::Link, &[Layer::Route], error),
+        };
+        (reading.state.links, reading.state.hop) = (links.links, links.hop);
+        // A route names its device by index.
+        reading.state.routes = keep(reading, Layer::Route, route::read(&self.rtnl, links.hop_index).await);
         let others = reading.state.routes.iter().filter(|(_, route)| **route == Route::Other);
         self.crowded = others.map(|(place, _)| *place).collect();
     }
@@ -158,12 +179,13 @@ impl<W: WireGuard> Linux<W> {
     }
 
     /// Repairs a link without losing the routes through it.
-    async fn set_link(&mut self, device: Device, link: &Link) -> io::Result<()> {
-        let index = link::index(&self.rtnl, device).await?;
-        let routes = route::read(&self.rtnl, &BTreeMap::from([(index, device)])).await?;
-        if link::set(&self.rtnl, device, link).await? && link.up {
+    async fn set_link(&mut self, interface: Interface, link: &Link) -> io::Result<()> {
+        let index = link::index(&self.rtnl, interface).await?;
+        let hop = (interface == Interface::Hop).then_some(index);
+        let routes = if hop.is_some() { route::read(&self.rtnl, hop).await? } else { route::Routes::new() };
+        if link::set(&self.rtnl, interface, link).await? && link.up {
             for ((table, to), route) in routes {
-                if matches!(route, Route::Dev { .. }) {
+                if matches!(route, Route::Hop { .. }) {
                     route::set(&self.rtnl, (table, to), &route, index, false).await?;
                 }
             }
@@ -172,15 +194,16 @@ impl<W: WireGuard> Linux<W> {
     }
 
     /// The link goes even where nobody holds the device any more: a persistent TUN outlives its tunnel.
-    async fn delete_device(&mut self, device: Device) -> io::Result<()> {
+    async fn delete_link(&mut self, interface: Interface) -> io::Result<()> {
+        let Interface::WireGuard(device) = interface else { return link::delete(&self.rtnl, interface).await };
         let let_go = self.wireguard.del_device(device).await;
-        link::delete(&self.rtnl, device).await?;
+        link::delete(&self.rtnl, interface).await?;
         let_go.map_err(|error| io::Error::new(error.kind(), format!("{device} is deleted, but not let go of: {error}")))
     }
 
     async fn set_route(&mut self, table: Table, to: IpNetwork, route: &Route) -> io::Result<()> {
         let index = match route {
-            Route::Dev { device, .. } => link::index(&self.rtnl, *device).await?,
+            Route::Hop { .. } => link::index(&self.rtnl, Interface::Hop).await?,
             _ => 0,
         };
         route::set(&self.rtnl, (table, to), route, index, self.crowded.contains(&(table, to))).await?;
@@ -220,13 +243,17 @@ impl<W: WireGuard> Kernel for Linux<W> {
         reading.state.rules = keep(&mut reading, Layer::Rule, rule::read(&self.rtnl).await);
         let nft = blocking(|| Ok(nft::read()?)).await;
         reading.state.nft = keep(&mut reading, Layer::Nft, nft).filter(|_| !self.masqueraded);
+        let maps = self.bpf.read_maps(&self.secrets.hop);
+        reading.state.maps = keep(&mut reading, Layer::Maps, maps);
+        let programs = self.bpf.read_programs(&self.rtnl).await;
+        reading.state.programs = keep(&mut reading, Layer::Programs, programs);
         reading
     }
 
     async fn apply(&mut self, op: &Op) -> io::Result<()> {
         match op {
             Op::SetDevice { device, wireguard } => self.set_device(*device, wireguard).await,
-            Op::SetLink { device, link } => self.set_link(*device, link).await,
+            Op::SetLink { interface, link } => self.set_link(*interface, link).await,
             Op::SetPeer { device, key, peer, gained } => self.set_peer(*device, key, peer, gained).await,
             Op::GrowNft(nft) => self.set_nft(Some(nft)).await,
             Op::AddRule(rule) => rule::add(&self.rtnl, *rule).await,
@@ -236,16 +263,26 @@ impl<W: WireGuard> Kernel for Linux<W> {
             Op::ShrinkNft(nft) => self.set_nft(nft.as_ref()).await,
             Op::DropAllowedIps { device, key, lost } => self.wireguard.drop_allowed_ips(*device, key, lost).await,
             Op::RemovePeer { device, key } => self.wireguard.remove_peer(*device, key).await,
-            Op::DelDevice { device } => self.delete_device(*device).await,
+            Op::DelLink(interface) => self.delete_link(*interface).await,
+            Op::SetHop(wanted) => hop::set(&self.rtnl, wanted).await,
+            Op::AddOverlay(address) => address::add(&self.rtnl, *address).await,
+            Op::DelOverlay(address) => address::delete(&self.rtnl, *address).await,
+            Op::LoadMaps => self.bpf.load().await,
+            Op::SetEntry(entry) => self.bpf.set(entry, &self.secrets.hop),
+            Op::NarrowOwn(prefix, members) => self.bpf.set(&Entry::Own(*prefix, members.clone()), &self.secrets.hop),
+            Op::DelEntry(key) => self.bpf.delete(key),
+            Op::Attach(attachment) => self.bpf.attach(&self.rtnl, attachment).await,
+            Op::Detach(attachment) => self.bpf.detach(&self.rtnl, attachment).await,
+            Op::UnloadMaps => self.bpf.unload(&self.rtnl).await,
         }
     }
 }
 
-/// What removes damage that a reading cannot express: a rule or an nft table of ours that somebody altered reads as
-/// missing. For leaving a node, after the diff; where there is nothing, each does nothing.
+/// What removes damage that a reading cannot express: a rule, an nft table or a pin of ours that somebody altered reads
+/// as missing. For leaving a node, after the diff; where there is nothing, each does nothing.
 pub fn sweep() -> Vec<Op> {
     let rules = Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Op::DelRule(Rule { family, table })));
-    rules.chain([Op::ShrinkNft(None)]).collect()
+    rules.chain([Op::ShrinkNft(None), Op::UnloadMaps]).collect()
 }
 
 /// Why this process cannot configure the network.
@@ -262,17 +299,28 @@ const CAP_NET_ADMIN: u32 = 12;
 
 /// Whether links, routes, rules and nftables may be changed at all.
 pub fn check_privileges() -> Result<(), Unprivileged> {
-    // Of the calling thread: a capability belongs to a thread.
-    let status = fs::read_to_string("/proc/thread-self/status").map_err(Unprivileged::Unknown)?;
+    let status = own_status().map_err(Unprivileged::Unknown)?;
     if has_net_admin(&status).map_err(Unprivileged::Unknown)? { Ok(()) } else { Err(Unprivileged::NetAdmin) }
 }
 
 fn has_net_admin(status: &str) -> io::Result<bool> {
+    Ok(parse_capabilities(status)? & (1 << CAP_NET_ADMIN) != 0)
+}
+
+/// The effective ones.
+fn capabilities() -> io::Result<u64> {
+    parse_capabilities(&own_status()?)
+}
+
+/// Of the calling thread: a capability belongs to a thread.
+fn own_status() -> io::Result<String> {
+    fs::read_to_string("/proc/thread-self/status")
+}
+
+fn parse_capabilities(status: &str) -> io::Result<u64> {
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let bits = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
-    let bits =
-        bits.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no CapEff in /proc/thread-self/status"))?;
-    Ok(bits & (1 << CAP_NET_ADMIN) != 0)
+    bits.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no CapEff in /proc/thread-self/status"))
 }
 
 /// The value, or the default with the layer marked as not read.
@@ -281,6 +329,16 @@ fn keep<T: Default>(reading: &mut Reading, layer: Layer, result: io::Result<T>) 
         reading.failed.push(ReadError { layer, source });
         T::default()
     })
+}
+
+/// Marks a layer as not read, and those that are understood by it.
+fn unreadable(reading: &mut Reading, layer: Layer, others: &[Layer], source: io::Error) {
+    for other in others {
+        let source =
+            io::Error::new(source.kind(), format!("the {layer} could not be read, by which these are understood"));
+        reading.failed.push(ReadError { layer: *other, source });
+    }
+    reading.failed.push(ReadError { layer, source });
 }
 
 fn missing(what: String) -> io::Error {

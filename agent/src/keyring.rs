@@ -2,8 +2,9 @@
 //!
 //! `gateway-<ordinal>` holds the slot's private key, or two while one replaces the other: both are loaded, and the one
 //! that the folder names is used. `psk-<member>` holds the key shared with that member; its first line is used, and a
-//! second, the one before it, may stand below so that one can go back. Each line is base64, as `wg genkey` and
-//! `wg genpsk` write it.
+//! second, the one before it, may stand below so that one can go back. `hop` holds the secret that this cluster's nodes
+//! share, or two while one replaces the other: the first sends, both are accepted. Each line is base64, as `wg genkey`
+//! and `wg genpsk` write it.
 //!
 //! Invariants: a file that others can read is not used. A preshared key that cannot be used never looks like none
 //! ([`Preshared::Unusable`]). An existing key is never overwritten, only added to. No error holds a byte of a file.
@@ -21,7 +22,7 @@ use x25519_dalek::StaticSecret;
 use zeroize::Zeroizing;
 
 use crate::{
-    keys::{BadKey, PresharedKey, PrivateKey, PublicKey},
+    keys::{BadKey, HopId, HopSecret, PresharedKey, PrivateKey, PublicKey},
     names::{MemberName, Ordinal},
 };
 
@@ -35,6 +36,17 @@ pub struct Keyring {
     pub private: BTreeMap<PublicKey, PrivateKey>,
     /// Members that a preshared key is meant for; any other member has none.
     pub preshared: BTreeMap<MemberName, Preshared>,
+    /// The cluster's hop secrets, at most two; the first sends.
+    pub hop: Vec<HopSecret>,
+}
+
+/// Which files this node cannot do without.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// The slot that the node holds; a worker has none.
+    pub slot: Option<Ordinal>,
+    /// Whether the cluster has other nodes.
+    pub hop: bool,
 }
 
 /// What a `psk-<member>` file came to.
@@ -71,6 +83,8 @@ pub enum Lost {
     All,
     /// The slot's own keys.
     Slot,
+    /// The hop secrets.
+    Hop,
     /// The key that is shared with this member.
     Member(MemberName),
     /// Nothing: the file is none of ours, only named like one (`psk-va~`, `psk-va.bak`).
@@ -79,7 +93,8 @@ pub enum Lost {
 
 impl KeyProblem {
     /// Whether it concerns every peer, so that a pass that does not know better must not break anything. A preshared key
-    /// that cannot be used concerns its own member, which is known as [`Preshared::Unusable`]; a stray file nobody.
+    /// that cannot be used concerns its own member, which is known as [`Preshared::Unusable`]; hop secrets stay in use until
+    /// there are others; a stray file concerns nobody.
     pub fn blocks(&self) -> bool {
         matches!(self.lost, Lost::All | Lost::Slot)
     }
@@ -95,6 +110,10 @@ impl KeyProblem {
 pub enum KeyFault {
     #[error("does not exist: make the key with `carrick keys gen`, or put the file there")]
     Missing,
+    #[error(
+        "does not exist: make it with `carrick keys gen --hop` on one node, and copy it to all nodes of the cluster"
+    )]
+    NoHop,
     #[error("is not a file: put the key's file in its place")]
     NotAFile,
     #[error("is not a directory: give the directory that holds the key files")]
@@ -117,7 +136,7 @@ pub enum KeyFault {
     Name(crate::names::NotALabel),
     #[error("exists already, and no key is ever overwritten: to replace it, add a second key")]
     Exists,
-    #[error("holds two keys already: delete the one that the folder no longer names")]
+    #[error("holds two keys already: delete the one that is no longer used")]
     Full,
     #[error("is a link: add the key where it leads")]
     Link,
@@ -146,20 +165,29 @@ impl KeyFault {
 }
 
 impl Keyring {
-    /// Reads the slot's keys and every preshared key.
+    /// Reads what is wanted, and every preshared key.
     ///
     /// Where the directory cannot be read there are no private keys either, so that no peer can be configured without
     /// a preshared key that was not seen.
-    pub fn read(dir: &Path, slot: Ordinal) -> (Keyring, Vec<KeyProblem>) {
+    pub fn read(dir: &Path, wanted: Wanted) -> (Keyring, Vec<KeyProblem>) {
         let (mut ring, mut problems) = (Keyring::default(), Vec::new());
         let names = match check_dir(dir).and_then(|()| list(dir)) {
             Ok(names) => names,
             Err(fault) => return (ring, vec![fault.losing(Lost::All, dir)]),
         };
-        let path = gateway_path(dir, slot);
-        match read_keys::<PrivateKey>(&path) {
-            Ok(keys) => ring.private = keys.into_iter().map(|key| (key.public(), key)).collect(),
-            Err(fault) => problems.push(fault.at(&path)),
+        if let Some(path) = wanted.slot.map(|slot| gateway_path(dir, slot)) {
+            match read_keys::<PrivateKey>(&path) {
+                Ok(keys) => ring.private = keys.into_iter().map(|key| (key.public(), key)).collect(),
+                Err(fault) => problems.push(fault.at(&path)),
+            }
+        }
+        if wanted.hop {
+            let path = dir.join(HOP_FILE);
+            match read_keys::<HopSecret>(&path) {
+                Ok(secrets) => ring.hop = secrets,
+                Err(KeyFault::Missing) => problems.push(KeyFault::NoHop.losing(Lost::Hop, &path)),
+                Err(fault) => problems.push(fault.losing(Lost::Hop, &path)),
+            }
         }
         for name in names {
             let Some(member) = name.strip_prefix("psk-") else { continue };
@@ -192,6 +220,7 @@ impl Keyring {
                 // The only problem there is.
                 Lost::All => return *self = last,
                 Lost::Slot => self.private.clone_from(&last.private),
+                Lost::Hop => self.hop.clone_from(&last.hop),
                 Lost::Member(member) => {
                     if let Some(key) = last.preshared.get(member) {
                         self.preshared.insert(member.clone(), key.clone());
@@ -205,44 +234,73 @@ impl Keyring {
 
 /// Makes the slot's first key, and the directory if it is missing. Fails if the file exists, whatever it holds.
 pub fn generate(dir: &Path, slot: Ordinal) -> Result<PublicKey, KeyProblem> {
-    if !dir.exists() {
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
-        made.map_err(|source| KeyFault::Io { what: "cannot be made", source }.at(dir))?;
-    }
-    check_dir(dir).map_err(|fault| fault.at(dir))?;
-    let path = gateway_path(dir, slot);
     let key = random();
-    let draft = Draft::write(&path, &[&key])?;
-    // Unlike a rename, a link never replaces what is there.
-    fs::hard_link(&draft.path, &path).map_err(|source| match source.kind() {
-        io::ErrorKind::AlreadyExists => KeyFault::Exists.at(&path),
-        _ => KeyFault::Io { what: "cannot be made", source }.at(&path),
-    })?;
-    drop(draft);
-    sync(dir)?;
+    make(dir, &gateway_path(dir, slot), &key.to_base64())?;
     Ok(key.public())
 }
 
 /// Adds a second key below the slot's first, for a rotation: make, commit, wait, drop.
 pub fn add(dir: &Path, slot: Ordinal) -> Result<PublicKey, KeyProblem> {
-    check_dir(dir).map_err(|fault| fault.at(dir))?;
-    let path = gateway_path(dir, slot);
-    let meta = fs::symlink_metadata(&path).map_err(|error| KeyFault::io("cannot be read")(error).at(&path))?;
-    if meta.is_symlink() {
-        return Err(KeyFault::Link.at(&path));
-    }
     let key = random();
-    let draft = {
-        // Held from before the file is read, so that two runs cannot both add to what they have read.
-        let lock = Draft::write(&path, &[])?;
-        let keys = read_keys::<PrivateKey>(&path).map_err(|fault| fault.at(&path))?;
-        let [first] = keys.as_slice() else { return Err(KeyFault::Full.at(&path)) };
-        lock.fill(&[first, &key])?
-    };
-    draft.replace(&path)?;
-    sync(dir)?;
+    append::<PrivateKey>(dir, &gateway_path(dir, slot), PrivateKey::to_base64, &key.to_base64())?;
     Ok(key.public())
 }
+
+/// Makes the cluster's first hop secret, as [`generate`] does a key.
+pub fn generate_hop(dir: &Path) -> Result<HopId, KeyProblem> {
+    let secret = HopSecret::new(*Zeroizing::new(StaticSecret::random().to_bytes()));
+    make(dir, &dir.join(HOP_FILE), &secret.to_base64())?;
+    Ok(secret.mark().id())
+}
+
+/// Adds a second hop secret below the first: it is accepted, and does not send yet.
+pub fn add_hop(dir: &Path) -> Result<HopId, KeyProblem> {
+    let secret = HopSecret::new(*Zeroizing::new(StaticSecret::random().to_bytes()));
+    append::<HopSecret>(dir, &dir.join(HOP_FILE), HopSecret::to_base64, &secret.to_base64())?;
+    Ok(secret.mark().id())
+}
+
+/// Makes a file of one line.
+fn make(dir: &Path, path: &Path, line: &str) -> Result<(), KeyProblem> {
+    if !dir.exists() {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.map_err(|source| KeyFault::Io { what: "cannot be made", source }.at(dir))?;
+    }
+    check_dir(dir).map_err(|fault| fault.at(dir))?;
+    let draft = Draft::write(path, &[line])?;
+    // Unlike a rename, a link never replaces what is there.
+    fs::hard_link(&draft.path, path).map_err(|source| match source.kind() {
+        io::ErrorKind::AlreadyExists => KeyFault::Exists.at(path),
+        _ => KeyFault::Io { what: "cannot be made", source }.at(path),
+    })?;
+    drop(draft);
+    sync(dir)
+}
+
+/// Adds a second line to a file that has one.
+fn append<K: FromStr<Err = BadKey>>(
+    dir: &Path,
+    path: &Path,
+    to_base64: fn(&K) -> Zeroizing<String>,
+    line: &str,
+) -> Result<(), KeyProblem> {
+    check_dir(dir).map_err(|fault| fault.at(dir))?;
+    let meta = fs::symlink_metadata(path).map_err(|error| KeyFault::io("cannot be read")(error).at(path))?;
+    if meta.is_symlink() {
+        return Err(KeyFault::Link.at(path));
+    }
+    let draft = {
+        // Held from before the file is read, so that two runs cannot both add to what they have read.
+        let lock = Draft::write(path, &[])?;
+        let keys = read_keys::<K>(path).map_err(|fault| fault.at(path))?;
+        let [first] = keys.as_slice() else { return Err(KeyFault::Full.at(path)) };
+        lock.fill(&[&to_base64(first), line])?
+    };
+    draft.replace(path)?;
+    sync(dir)
+}
+
+const HOP_FILE: &str = "hop";
 
 fn gateway_path(dir: &Path, slot: Ordinal) -> PathBuf {
     dir.join(format!("gateway-{slot}"))
@@ -263,7 +321,7 @@ struct Draft {
 }
 
 impl Draft {
-    fn write(target: &Path, keys: &[&PrivateKey]) -> Result<Draft, KeyProblem> {
+    fn write(target: &Path, lines: &[&str]) -> Result<Draft, KeyProblem> {
         let name = target.file_name().unwrap_or_default().to_string_lossy();
         let path = target.with_file_name(format!(".{name}.new"));
         let file = File::options().write(true).create_new(true).mode(0o600).open(&path);
@@ -271,14 +329,14 @@ impl Draft {
             io::ErrorKind::AlreadyExists => KeyFault::Busy.at(&path),
             _ => KeyFault::Io { what: "cannot be made", source }.at(&path),
         })?;
-        Draft { path, file }.fill(keys)
+        Draft { path, file }.fill(lines)
     }
 
-    fn fill(mut self, keys: &[&PrivateKey]) -> Result<Draft, KeyProblem> {
-        let written = keys
+    fn fill(mut self, lines: &[&str]) -> Result<Draft, KeyProblem> {
+        let written = lines
             .iter()
-            .try_for_each(|key| {
-                self.file.write_all(key.to_base64().as_bytes())?;
+            .try_for_each(|line| {
+                self.file.write_all(line.as_bytes())?;
                 self.file.write_all(b"\n")
             })
             .and_then(|()| self.file.sync_all());
@@ -394,6 +452,10 @@ mod tests {
     const SHARED: &str = "FpCyhws9cxwWoV4xELtfJvjJN+zQVRPISllRWgeopVE=";
     const ZERO: &str = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
 
+    /// As a gateway of a member of one node reads them, and as a worker does.
+    const SLOT: Wanted = Wanted { slot: Some(Ordinal::ZERO), hop: false };
+    const WORKER: Wanted = Wanted { slot: None, hop: true };
+
     fn put(dir: &Scratch, name: &str, mode: u32, text: &str) {
         let path = dir.path().join(name);
         fs::write(&path, text).unwrap();
@@ -406,7 +468,7 @@ mod tests {
 
     /// Everything that reading the directory for slot 0 gives, with nothing secret in it.
     fn outcome(dir: &Scratch) -> String {
-        let (ring, problems) = Keyring::read(dir.path(), Ordinal::ZERO);
+        let (ring, problems) = Keyring::read(dir.path(), SLOT);
         let mut out: Vec<String> = ring.private.keys().map(|key| format!("slot {key}")).collect();
         out.extend(ring.preshared.iter().map(|(member, preshared)| match preshared {
             Preshared::Key(key) => format!("{member} {}", key.id()),
@@ -496,7 +558,7 @@ mod tests {
         let dir = Scratch::new();
         let good = [("gateway-0", PRIVATE), ("psk-de", SHARED), ("psk-va", OTHER)];
         good.iter().for_each(|(name, text)| put(&dir, name, 0o600, text));
-        let (before, problems) = Keyring::read(dir.path(), Ordinal::ZERO);
+        let (before, problems) = Keyring::read(dir.path(), SLOT);
         assert!(problems.is_empty(), "{problems:?}");
         let show = |ring: &Keyring| {
             let shared = |(member, key): (&MemberName, &Preshared)| format!("{member}={}", key.key().is_some());
@@ -507,7 +569,7 @@ mod tests {
         // What is read, what blocks, and what is known with the last reading's help.
         let mut told = String::new();
         let mut tell = |name: &str| {
-            let (mut ring, problems) = Keyring::read(dir.path(), Ordinal::ZERO);
+            let (mut ring, problems) = Keyring::read(dir.path(), SLOT);
             let read = show(&ring);
             ring.keep(before.clone(), &problems);
             let [problem] = problems.as_slice() else { panic!("{problems:?}") };
@@ -538,6 +600,58 @@ mod tests {
             gateway-0 Slot None: blocks=true slot=0 va=true => slot=1 va=true
             the directory All None: blocks=true slot=0 => slot=1 de=true va=true
         "#]].assert_eq(&told);
+    }
+
+    /// A worker needs no slot's key, and a cluster of one node no hop secret.
+    #[test]
+    fn hop_secrets() {
+        let both = format!("{PRIVATE}\n{OTHER}\n");
+        let mut told = String::new();
+        let mut last = Keyring::default();
+        for (mode, text) in [(0o600, both.as_str()), (0o640, &both), (0o600, OTHER), (0o600, ZERO), (0o600, "")] {
+            let dir = Scratch::new();
+            put(&dir, "hop", mode, text);
+            let (mut ring, problems) = Keyring::read(dir.path(), WORKER);
+            let everything = format!("{ring:?} {problems:?}");
+            assert!([PRIVATE, OTHER].iter().all(|secret| !everything.contains(secret)), "{everything}");
+            ring.keep(last, &problems);
+            let ids: Vec<_> = ring.hop.iter().map(|secret| secret.mark().id().to_string()).collect();
+            told += &format!("{}\n", ids.join(" "));
+            for problem in &problems {
+                told += &format!("  {} (blocks={})\n", show(&dir, problem), problem.blocks());
+            }
+            last = ring;
+        }
+        let dir = Scratch::new();
+        let (mut ring, problems) = Keyring::read(dir.path(), WORKER);
+        ring.keep(last, &problems);
+        told += &format!("{} {}\n", ring.hop.len(), show(&dir, &problems[0]));
+        expect![[r#"
+            1de1ffcfde543a1c 83b50ee1895a0fb9
+            1de1ffcfde543a1c 83b50ee1895a0fb9
+              KEYS/hop: can be read or written by others (mode 0640): chmod 600 (blocks=false)
+            83b50ee1895a0fb9
+            83b50ee1895a0fb9
+              KEYS/hop: line 1 is all zeros: what belongs there is 32 bytes in base64, as `wg genkey` and `wg genpsk` write them (blocks=false)
+            83b50ee1895a0fb9
+              KEYS/hop: holds no key: it is empty (blocks=false)
+            1 KEYS/hop: does not exist: make it with `carrick keys gen --hop` on one node, and copy it to all nodes of the cluster
+        "#]].assert_eq(&told);
+    }
+
+    #[test]
+    fn a_hop_secret_is_made_once_and_the_next_one_comes_second() {
+        let dir = Scratch::new();
+        assert!(matches!(add_hop(dir.path()).unwrap_err().fault, KeyFault::Missing));
+        let first = generate_hop(dir.path()).unwrap();
+        assert!(matches!(generate_hop(dir.path()).unwrap_err().fault, KeyFault::Exists));
+        let second = add_hop(dir.path()).unwrap();
+        assert!(matches!(add_hop(dir.path()).unwrap_err().fault, KeyFault::Full));
+        let (ring, problems) = Keyring::read(dir.path(), WORKER);
+        assert!(problems.is_empty(), "{problems:?}");
+        assert_eq!(ring.hop.iter().map(|secret| secret.mark().id()).collect::<Vec<_>>(), [first, second]);
+        let mode = fs::metadata(dir.path().join("hop")).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode, 0o600);
     }
 
     #[test]
@@ -658,7 +772,7 @@ mod tests {
                 "KEYS/gateway-0: belongs to user 12345: chown it to the user that Carrick runs as\n"
             );
         }
-        let (ring, problems) = Keyring::read(&dir.path().join("gateway-0"), Ordinal::ZERO);
+        let (ring, problems) = Keyring::read(&dir.path().join("gateway-0"), SLOT);
         assert!(ring.private.is_empty());
         assert!(matches!(problems[0].fault, KeyFault::NotADirectory), "{problems:?}");
     }
@@ -677,7 +791,7 @@ mod tests {
         let third = add(&keys, Ordinal::ZERO).unwrap_err();
         assert!(matches!(third.fault, KeyFault::Full), "{third:?}");
 
-        let (ring, problems) = Keyring::read(&keys, Ordinal::ZERO);
+        let (ring, problems) = Keyring::read(&keys, SLOT);
         assert!(problems.is_empty(), "{problems:?}");
         assert_eq!(ring.private.into_keys().collect::<Vec<_>>(), [first.min(second), first.max(second)]);
         assert_eq!(mode(&keys.join("gateway-0")), 0o600);
@@ -713,7 +827,7 @@ mod tests {
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         let made: Vec<_> = runs.iter().flatten().collect();
-        let (ring, _) = Keyring::read(dir.path(), Ordinal::ZERO);
+        let (ring, _) = Keyring::read(dir.path(), SLOT);
         assert_eq!(made, ring.private.keys().collect::<Vec<_>>());
     }
 

@@ -151,6 +151,89 @@ impl fmt::Debug for PresharedKey {
     }
 }
 
+/// What authenticates the hop between the nodes of one cluster. Never printed.
+#[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
+pub struct HopSecret([u8; 32]);
+
+/// What a hop secret is to the packets: it is derived from it and shows nothing else of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct HopMark {
+    /// 24 bits.
+    pub vni: u32,
+    /// Inner destination MAC: unicast, locally administered.
+    pub mac: [u8; 6],
+}
+
+/// Tells one hop secret from another: SHA-256 of a label and its [`HopMark`], its first 8 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HopId([u8; 8]);
+
+impl HopSecret {
+    pub fn new(bytes: [u8; 32]) -> HopSecret {
+        HopSecret(bytes)
+    }
+
+    /// For writing to a file that only its owner reads.
+    pub fn to_base64(&self) -> Zeroizing<String> {
+        Zeroizing::new(STANDARD.encode(self.0))
+    }
+
+    /// The same on every node that has the secret: h = SHA-256 of a label and it; VNI = h\[0..3\], MAC = h\[3..9\].
+    pub fn mark(&self) -> HopMark {
+        let h = Sha256::new().chain_update(b"carrick hop 1\0").chain_update(self.0).finalize();
+        let mac = [(h[3] & 0xfc) | 2, h[4], h[5], h[6], h[7], h[8]];
+        HopMark { vni: u32::from_be_bytes([0, h[0], h[1], h[2]]), mac }
+    }
+}
+
+impl HopMark {
+    pub fn id(&self) -> HopId {
+        let hash = Sha256::new().chain_update(b"carrick hop id 1\0").chain_update(self.vni.to_be_bytes());
+        let hash = hash.chain_update(self.mac).finalize();
+        let mut id = [0; 8];
+        id.copy_from_slice(&hash[..8]);
+        HopId(id)
+    }
+}
+
+impl FromStr for HopSecret {
+    type Err = BadKey;
+
+    fn from_str(text: &str) -> Result<HopSecret, BadKey> {
+        decode(text).map(|key| HopSecret(*key))
+    }
+}
+
+impl fmt::Debug for HopSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("HopSecret(..)")
+    }
+}
+
+impl fmt::Debug for HopMark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("HopMark(..)")
+    }
+}
+
+impl HopId {
+    pub fn from_bytes(bytes: [u8; 8]) -> HopId {
+        HopId(bytes)
+    }
+}
+
+impl fmt::Display for HopId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for HopId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HopId({self})")
+    }
+}
+
 impl PskId {
     pub fn from_bytes(bytes: [u8; 8]) -> PskId {
         PskId(bytes)

@@ -19,6 +19,7 @@ pub mod dial;
 pub mod facts;
 pub mod intent;
 pub mod keyring;
+pub mod overlay;
 pub mod resolve;
 pub mod source;
 

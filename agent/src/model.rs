@@ -1,6 +1,7 @@
 //! The kernel, naively: what each operation does to a [`State`], and arbitrary states to try it on.
 //!
-//! It holds what the real one holds: a peer needs its device, a prefix its peer, and what a device carried goes with it.
+//! It holds what the real one holds: a peer needs its device, a prefix its peer, a route through the hop its link, up, a
+//! program its link and the maps; and what a device carried goes with it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,10 +14,13 @@ use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use proptest::{collection, option, prelude::*, sample};
 
 use crate::{
-    keys::{PrivateKey, PskId, PublicKey},
-    names::{Device, Ordinal, Table},
+    keys::{HopId, PrivateKey, PskId, PublicKey},
+    names::{Device, Interface, MemberId, Ordinal, Table},
     reconcile::{Kernel, Reading},
-    state::{Family, Link, Nft, Op, Peer, Route, Rule, State, WireGuard},
+    state::{
+        Attachment, Config, Entry, Family, Home, Hop, Key, Link, Maps, Nft, Node, Op, Peer, Program, Remote, Route,
+        Rule, State, WireGuard,
+    },
 };
 
 /// A kernel in memory, which refuses the operations whose number `refuse` names.
@@ -48,11 +52,30 @@ impl Kernel for Model {
 pub(crate) fn apply(state: &mut State, op: &Op) -> Option<()> {
     match op {
         Op::SetDevice { device, wireguard } => {
-            let new = Link { mtu: 1500, up: false, bare: false, forwarding: false, rp_filter: 1 };
-            state.links.entry(*device).or_insert(new);
+            state.links.entry(Interface::WireGuard(*device)).or_insert(NEW_LINK);
             state.wireguard.insert(*device, wireguard.clone());
         }
-        Op::SetLink { device, link } => *state.links.get_mut(device)? = link.clone(),
+        Op::SetHop(hop) => {
+            del_link(state, Interface::Hop);
+            state.links.insert(Interface::Hop, NEW_LINK);
+            state.hop = Some(hop.clone());
+        }
+        Op::LoadMaps if state.maps.is_some() => return None,
+        Op::LoadMaps => state.maps = Some(Maps::default()),
+        Op::SetEntry(entry) => set_entry(state.maps.as_mut()?, entry),
+        Op::Attach(at) => {
+            state.maps.as_ref()?;
+            let foreign = at.program == Program::SteerNative;
+            (foreign || state.links.contains_key(&Interface::from_link(&at.link)?)).then_some(())?;
+            state.programs.insert(at.clone());
+        }
+        Op::AddOverlay(address) => return state.overlay.insert(*address).then_some(()),
+        Op::SetLink { interface, link } => {
+            *state.links.get_mut(interface)? = link.clone();
+            if *interface == Interface::Hop && !link.up {
+                state.routes.retain(|_, route| !matches!(route, Route::Hop { .. }));
+            }
+        }
         Op::SetPeer { device, key, peer, gained } => {
             state.wireguard.get(device)?;
             let before = state.peers.get(&(*device, *key)).and_then(|peer| peer.endpoint);
@@ -65,8 +88,8 @@ pub(crate) fn apply(state: &mut State, op: &Op) -> Option<()> {
         Op::AddRule(rule) => return state.rules.insert(*rule).then_some(()),
         Op::DelRule(rule) => return state.rules.remove(rule).then_some(()),
         Op::SetRoute { table, to, route } => {
-            if let Route::Dev { device, .. } = route {
-                state.links.get(device).filter(|link| link.up)?;
+            if let Route::Hop { .. } = route {
+                state.links.get(&Interface::Hop).filter(|link| link.up)?;
             }
             state.routes.insert((*table, *to), route.clone());
         }
@@ -80,13 +103,69 @@ pub(crate) fn apply(state: &mut State, op: &Op) -> Option<()> {
             state.peers.remove(&(*device, *key))?;
             state.allowed_ips.retain(|(of, _), owner| (of, &*owner) != (device, key));
         }
-        Op::DelDevice { device } => {
-            state.links.remove(device);
-            state.wireguard.remove(device);
-            state.peers.retain(|(of, _), _| of != device);
-            state.allowed_ips.retain(|(of, _), _| of != device);
-            state.routes.retain(|_, route| !matches!(route, Route::Dev { device: via, .. } if via == device));
+        Op::DelEntry(key) => return del_entry(state.maps.as_mut()?, *key),
+        Op::NarrowOwn(prefix, members) => *state.maps.as_mut()?.own.get_mut(prefix)? = members.clone(),
+        Op::DelOverlay(address) => return state.overlay.remove(address).then_some(()),
+        Op::Detach(at) => return state.programs.remove(at).then_some(()),
+        Op::DelLink(interface) => return del_link(state, *interface),
+        // The pins are what keeps programs attached.
+        Op::UnloadMaps => {
+            state.maps = None;
+            state.programs.clear();
         }
+    }
+    Some(())
+}
+
+const NEW_LINK: Link = Link { mtu: 1500, up: false, bare: false, forwarding: false, rp_filter: 1 };
+
+/// `None` if there was none.
+fn del_link(state: &mut State, interface: Interface) -> Option<()> {
+    let existed = state.links.remove(&interface);
+    let name = interface.to_string();
+    state.programs.retain(|at| at.link != name);
+    let config = state.maps.as_mut().and_then(|maps| maps.config.take_if(|config| names(config, interface)));
+    drop(config);
+    match interface {
+        Interface::Hop => {
+            state.hop = None;
+            state.routes.retain(|_, route| !matches!(route, Route::Hop { .. }));
+        }
+        Interface::WireGuard(device) => {
+            state.wireguard.remove(&device);
+            state.peers.retain(|(of, _), _| *of != device);
+            state.allowed_ips.retain(|(of, _), _| *of != device);
+        }
+    }
+    existed.map(drop)
+}
+
+/// Whether the link's index is in there: it is wrong as soon as the link is another.
+fn names(config: &Config, interface: Interface) -> bool {
+    match interface {
+        Interface::Hop => true,
+        Interface::WireGuard(device) => config.wireguard.contains(&device),
+    }
+}
+
+fn set_entry(maps: &mut Maps, entry: &Entry) {
+    match entry {
+        Entry::Config(config) => maps.config = Some(config.clone()),
+        Entry::Remote(to, remote) => drop(maps.remote.insert(*to, *remote)),
+        Entry::Own(prefix, members) => drop(maps.own.insert(*prefix, members.clone())),
+        Entry::Home(to, home) => drop(maps.homes.insert(*to, *home)),
+        Entry::Node(at, node) => drop(maps.nodes.insert(*at, *node)),
+    }
+}
+
+fn del_entry(maps: &mut Maps, key: Key) -> Option<()> {
+    match key {
+        // An array has its one value always: it may be there and not read as one.
+        Key::Config => maps.config = None,
+        Key::Remote(to) => drop(maps.remote.remove(&to)?),
+        Key::Own(prefix) => drop(maps.own.remove(&prefix)?),
+        Key::Home(to) => drop(maps.homes.remove(&to)?),
+        Key::Node(at) => drop(maps.nodes.remove(&at)?),
     }
     Some(())
 }
@@ -116,8 +195,8 @@ fn some_prefix() -> impl Strategy<Value = IpNetwork> {
 }
 
 fn link() -> impl Strategy<Value = Link> {
-    (sample::select(vec![1280, 1420]), any::<bool>(), any::<bool>(), 0..3u8)
-        .prop_map(|(mtu, bare, forwarding, rp_filter)| Link { mtu, up: true, bare, forwarding, rp_filter })
+    (sample::select(vec![1280, 1420]), any::<bool>(), any::<bool>(), any::<bool>(), 0..3u8)
+        .prop_map(|(mtu, up, bare, forwarding, rp_filter)| Link { mtu, up, bare, forwarding, rp_filter })
 }
 
 fn endpoint() -> impl Strategy<Value = SocketAddr> {
@@ -130,8 +209,12 @@ fn peer() -> impl Strategy<Value = Peer> {
 }
 
 fn nft() -> impl Strategy<Value = Nft> {
-    let pairs = || collection::btree_set((some_prefix(), some_prefix()), 0..4);
-    (pairs(), pairs()).prop_map(|(keep_source, admit)| Nft { keep_source, admit })
+    let pairs = collection::btree_set((some_prefix(), some_prefix()), 0..4);
+    let native = sample::subsequence(NATIVE.to_vec(), 0..=2);
+    (pairs, collection::btree_set(node_address(), 0..4), native, 0..2u16).prop_map(|(keep_source, nodes, native, n)| {
+        let native = native.into_iter().map(str::to_owned).collect();
+        Nft { keep_source, nodes, hop_port: 27472 * n, hop_sources: (27456 * n, 27471 * n), native }
+    })
 }
 
 fn rules() -> impl Strategy<Value = BTreeSet<Rule>> {
@@ -141,66 +224,171 @@ fn rules() -> impl Strategy<Value = BTreeSet<Rule>> {
 }
 
 fn route() -> impl Strategy<Value = Route> {
+    let source = any::<bool>().prop_map(|hint| hint.then_some(IpAddr::V4(Ipv4Addr::new(10, 200, 0, 1))));
     prop_oneof![
-        4 => (device(), any::<bool>()).prop_map(|(device, hint)| {
-            Route::Dev { device, source: hint.then_some(IpAddr::V4(Ipv4Addr::new(10, 200, 0, 1))) }
-        }),
+        4 => (option::of(Just(1400)), source).prop_map(|(mtu, source)| Route::Hop { mtu, source }),
         1 => Just(Route::Throw),
         1 => Just(Route::Unreachable),
         1 => Just(Route::Other),
     ]
 }
 
+/// Foreign links.
+const NATIVE: [&str; 2] = ["eth0", "eth1"];
+
+fn interface() -> impl Strategy<Value = Interface> {
+    prop_oneof![2 => Just(Interface::Hop), 3 => device().prop_map(Interface::WireGuard)]
+}
+
+fn hop() -> impl Strategy<Value = Hop> {
+    prop_oneof![3 => Just(27472), 1 => Just(4789)].prop_map(|port| Hop { port, sources: (27456, 27471) })
+}
+
+fn member() -> impl Strategy<Value = MemberId> {
+    (1..4i64).prop_map(|id| MemberId::new(id).expect("in range"))
+}
+
+fn node_address() -> impl Strategy<Value = IpAddr> {
+    (0..4u8).prop_map(|n| IpAddr::V4(Ipv4Addr::new(192, 0, 2, n)))
+}
+
+fn overlay() -> impl Strategy<Value = Ipv6Addr> {
+    (1..4u16).prop_map(|n| Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, n))
+}
+
+fn config() -> impl Strategy<Value = Config> {
+    let some = (member(), option::of(Just(Ordinal::ZERO)), collection::btree_set(device(), 0..3), 1350..1352u16);
+    some.prop_map(|(member, slot, wireguard, mtu)| Config {
+        member,
+        slot,
+        overlay: Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1),
+        hop: BTreeSet::from([IpAddr::V4(Ipv4Addr::new(192, 0, 2, 9))]),
+        gateways: BTreeMap::new(),
+        wireguard,
+        secrets: vec![HopId::from_bytes([1; 8])],
+        mtu,
+        hop_mtu: 1420,
+        wireguard_port: 27473,
+        hop_port: 27472,
+        probe_port: 27455,
+    })
+}
+
+fn remote() -> impl Strategy<Value = Remote> {
+    (member(), 0..3u8).prop_map(|(member, kind)| match kind {
+        0 => Remote::Overlay(member),
+        1 => Remote::Carved(member),
+        _ => Remote::Range(member),
+    })
+}
+
 prop_compose! {
-    /// Any state that a kernel can be in: a peer has its device, a prefix its peer, a route its link.
+    fn maps()(
+        config in option::weighted(0.7, config()),
+        remote in collection::btree_map(some_prefix(), remote(), 0..8),
+        own in collection::btree_map(some_prefix(), collection::btree_set(member(), 0..4), 0..5),
+        homes in collection::btree_map(
+            some_prefix(),
+            option::of(node_address()).prop_map(|node| node.map_or(Home::Here, Home::Node)),
+            0..5,
+        ),
+        nodes in collection::btree_map(
+            node_address(),
+            (option::of(Just(Ordinal::ZERO)), node_address()).prop_map(|(slot, home)| Node { slot, home }),
+            0..4,
+        ),
+    ) -> Maps {
+        Maps { config, remote, own, homes, nodes }
+    }
+}
+
+/// The programs that belong to a link of ours.
+fn programs_of(interface: Interface) -> impl Iterator<Item = Attachment> {
+    let programs = match interface {
+        Interface::Hop => [Program::Steer, Program::FromHop],
+        Interface::WireGuard(_) => [Program::ToPeer, Program::FromPeer],
+    };
+    programs.into_iter().map(move |program| Attachment { program, link: interface.to_string() })
+}
+
+fn programs() -> impl Strategy<Value = BTreeSet<Attachment>> {
+    let native = NATIVE.map(|link| Attachment { program: Program::SteerNative, link: link.to_owned() });
+    let all: Vec<Attachment> = Interface::all().flat_map(programs_of).chain(native).collect();
+    let (count, most) = (all.len(), sample::subsequence(all.clone(), all.len() / 2..=all.len()));
+    prop_oneof![most, sample::subsequence(all, count)].prop_map(BTreeSet::from_iter)
+}
+
+/// Takes away what a kernel could not hold.
+fn tidy(state: &mut State) {
+    let State { links, hop, wireguard, peers, allowed_ips, routes, maps, programs, .. } = state;
+    wireguard.retain(|device, _| links.contains_key(&Interface::WireGuard(*device)));
+    peers.retain(|(device, _), _| wireguard.contains_key(device));
+    allowed_ips.retain(|(device, _), key| peers.contains_key(&(*device, *key)));
+    let hop_link = links.get(&Interface::Hop);
+    hop.take_if(|_| hop_link.is_none());
+    routes.retain(|_, route| !matches!(route, Route::Hop { .. }) || hop_link.is_some_and(|link| link.up));
+    if let Some(maps) = maps {
+        let exist = |config: &Config| config.wireguard.iter().all(|d| links.contains_key(&Interface::WireGuard(*d)));
+        maps.config.take_if(|config| hop_link.is_none() || !exist(config));
+    }
+    let stands = |at: &Attachment| Interface::from_link(&at.link).is_none_or(|link| links.contains_key(&link));
+    programs.retain(|at| maps.is_some() && stands(at));
+}
+
+prop_compose! {
+    /// Any state that a kernel can be in.
     pub(crate) fn any_state()(
-        links in collection::btree_map(device(), link(), 0..3),
-        configured in collection::vec(any::<bool>(), 3),
+        links in collection::btree_map(interface(), link(), 0..4),
+        hop in option::weighted(0.8, hop()),
+        devices in collection::btree_set(device(), 0..4),
         slot in 0..2u8,
         peers in collection::btree_map((device(), 0..4u8), peer(), 0..8),
         owners in collection::btree_map((device(), some_prefix()), 0..4u8, 0..12),
         routes in collection::btree_map((sample::select(Table::ALL.to_vec()), some_prefix()), route(), 0..12),
         rules in rules(),
         nft in option::of(nft()),
+        overlay in collection::btree_set(overlay(), 0..3),
+        (maps, programs) in (option::weighted(0.8, maps()), programs()),
     ) -> State {
-        let wireguard: BTreeMap<_, _> = links
-            .keys()
-            .zip(configured)
-            .filter(|(_, configured)| *configured)
-            .map(|(device, _)| (*device, WireGuard { key: key(100 + slot), port: 27473 }))
-            .collect();
-        let peers: BTreeMap<_, _> = peers
-            .into_iter()
-            .filter(|((device, _), _)| wireguard.contains_key(device))
-            .map(|((device, n), peer)| ((device, key(n)), peer))
-            .collect();
-        let allowed_ips = owners
-            .into_iter()
-            .map(|((device, prefix), n)| ((device, prefix), key(n)))
-            .filter(|((device, _), key)| peers.contains_key(&(*device, *key)))
-            .collect();
-        let routes = routes
-            .into_iter()
-            .filter(|(_, route)| !matches!(route, Route::Dev { device, .. } if !links.contains_key(device)))
-            .collect();
-        State { links, wireguard, peers, allowed_ips, routes, rules, nft }
+        let key_of = |device| (device, WireGuard { key: key(100 + slot), port: 27473 });
+        let mut state = State {
+            links,
+            hop,
+            wireguard: devices.into_iter().map(key_of).collect(),
+            peers: peers.into_iter().map(|((device, n), peer)| ((device, key(n)), peer)).collect(),
+            allowed_ips: owners.into_iter().map(|(held, n)| (held, key(n))).collect(),
+            routes,
+            rules,
+            nft,
+            overlay,
+            maps,
+            programs,
+        };
+        tidy(&mut state);
+        state
     }
 }
 
 prop_compose! {
-    /// Any state that a plan can want: every link is one of ours and configured, no route stands on a bare link.
-    pub(crate) fn any_desired()(state in any_state()) -> State {
-        let State { links, wireguard, peers, allowed_ips, mut routes, rules, nft } = state;
-        let links: BTreeMap<_, _> = links
-            .into_iter()
-            .filter(|(device, _)| wireguard.contains_key(device))
-            .map(|(device, link)| (device, Link::ours(link.mtu)))
-            .collect();
-        routes.retain(|_, route| match route {
-            Route::Dev { device, .. } => links.contains_key(device),
-            Route::Throw | Route::Unreachable => true,
-            Route::Other => false,
-        });
-        State { links, wireguard, peers, allowed_ips, routes, rules, nft }
+    /// Any state that a plan can want: every link is one of ours, configured, and has its programs, which know what its
+    /// peers hold; without maps there is none.
+    pub(crate) fn any_desired()(mut state in any_state()) -> State {
+        let State { links, hop, wireguard, .. } = &state;
+        let wanted = |interface: &Interface| state.maps.is_some() && match interface {
+            Interface::Hop => hop.is_some(),
+            Interface::WireGuard(device) => wireguard.contains_key(device),
+        };
+        let kept = links.iter().filter(|(interface, _)| wanted(interface));
+        state.links = kept.map(|(interface, link)| (*interface, Link::ours(link.mtu))).collect();
+        state.routes.retain(|_, route| *route != Route::Other);
+        tidy(&mut state);
+        let native = state.programs.into_iter().filter(|at| at.program == Program::SteerNative);
+        state.programs = native.chain(state.links.keys().copied().flat_map(programs_of)).collect();
+        if let Some(maps) = &mut state.maps {
+            for (_, prefix) in state.allowed_ips.keys() {
+                maps.remote.entry(*prefix).or_insert(Remote::Range(MemberId::new(1).expect("in range")));
+            }
+        }
+        state
     }
 }

@@ -89,7 +89,7 @@ impl fmt::Display for Ordinal {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Device(pub Ordinal);
 
-/// What every link of ours is called, up to its number.
+/// What every WireGuard device of ours is called, up to its number.
 pub const DEVICE_PREFIX: &str = "carrick-wg";
 
 impl fmt::Display for Device {
@@ -108,6 +108,76 @@ impl Device {
     /// Every device there can be, lowest first.
     pub fn all() -> impl Iterator<Item = Device> {
         Ordinal::all().map(Device)
+    }
+}
+
+/// A link of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Interface {
+    /// The VXLAN device between the nodes of this cluster: `carrick-hop`.
+    Hop,
+    WireGuard(Device),
+}
+
+pub const HOP: &str = "carrick-hop";
+
+impl fmt::Display for Interface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Interface::Hop => f.write_str(HOP),
+            Interface::WireGuard(device) => device.fmt(f),
+        }
+    }
+}
+
+impl Interface {
+    /// The interface of that link name; `None` for a foreign link.
+    pub fn from_link(name: &str) -> Option<Interface> {
+        if name == HOP { Some(Interface::Hop) } else { Device::from_link(name).map(Interface::WireGuard) }
+    }
+
+    /// Every link there can be.
+    pub fn all() -> impl Iterator<Item = Interface> {
+        std::iter::once(Interface::Hop).chain(Device::all().map(Interface::WireGuard))
+    }
+}
+
+/// A node's name: a DNS subdomain (RFC 1123), the name of its Node object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeName(String);
+
+/// Why a text is no [`NodeName`].
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a node's name is 1 to 253 of a-z, 0-9, '-' and '.', each part starting and ending with a letter or digit")]
+pub struct NotASubdomain;
+
+impl FromStr for NodeName {
+    type Err = NotASubdomain;
+
+    fn from_str(text: &str) -> Result<NodeName, NotASubdomain> {
+        let label = |part: &str| part.parse::<MemberName>().is_ok();
+        if text.len() <= 253 && text.split('.').all(label) { Ok(NodeName(text.to_owned())) } else { Err(NotASubdomain) }
+    }
+}
+
+impl NodeName {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The text in lower case, with a '-' for whatever no name can have; `localhost` if nothing remains.
+    pub fn nearest(text: &str) -> NodeName {
+        let lower = text.to_ascii_lowercase();
+        let plain = lower.replace(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit() && c != '.', "-");
+        let parts = plain.split('.').map(|part| part.trim_matches('-')).filter(|part| !part.is_empty());
+        let name = parts.collect::<Vec<_>>().join(".");
+        name.parse().unwrap_or_else(|NotASubdomain| NodeName("localhost".to_owned()))
+    }
+}
+
+impl fmt::Display for NodeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 

@@ -1,44 +1,60 @@
 //! The whole state that a node should have, from what the folder says and what the node knows.
 //!
 //! Pure and total: no I/O, no clock, no order of arrival; what cannot be planned is left out and said. Every plan is
-//! closed in itself: a route has a peer that holds its prefix, a peer has its device and the nft table, and every range
-//! that is offered to this member has its `unreachable` twin.
+//! closed in itself: a route stands on the hop, whose programs know its prefix; a prefix that a peer holds is known to the
+//! programs, too; a peer has its device and the nft table; and every range that is offered to this member has its
+//! `unreachable` twin. And the nodes of a cluster agree: each computes the same of the others as they of themselves.
+
+mod maps;
+mod ways;
+mod wireguard;
+
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
 };
 
 use ipnetwork::IpNetwork;
 
 use crate::{
     facts::Facts,
-    intent::{Gateway, Host, Intent, Kind, Member, Reason, Rejection},
+    intent::{Gateway, Host, Intent, Kind, Member, Node, Reason, Rejection},
     keys::PublicKey,
-    names::{Device, MemberName, Table},
-    state::{Family, Link, Nft, Peer, Route, Rule, State, WireGuard},
+    names::{Device, HOP, Interface, MemberId, MemberName, Ordinal, Table},
+    state::{Attachment, Family, Hop, Link, Nft, Program, Route, Rule, State},
 };
 
-/// Seconds between keepalives where one side has no endpoint and the folder is silent: below every usual NAT time-out.
-const NAT_KEEPALIVE: u16 = 25;
-
 /// What WireGuard adds to a packet over IPv6: 40 IPv6 + 8 UDP + 32 WireGuard, in bytes.
-const OVERHEAD: u32 = 80;
+const TUNNEL_OVERHEAD: u32 = 80;
+
+/// What the hop adds over IPv6: 40 IPv6 + 8 UDP + 8 VXLAN + 14 inner Ethernet, in bytes.
+const HOP_OVERHEAD: u32 = 70;
 
 /// The kernel takes IPv6 from a device below this (RFC 8200 §5), in bytes.
-const MIN_MTU: u32 = 1280;
+const MIN_MTU: u16 = 1280;
 
-/// Plans this node. A node whose key the folder does not name has no peers; what the others claim is closed all the same.
+/// Bytes: larger devices have not been tried.
+const MAX_MTU: u16 = 3_900;
+
+/// Plans this node. One that is none of the cluster's, or that has no gateway to turn to, closes what the others claim.
 pub fn plan(intent: &Intent, facts: &Facts) -> (State, Vec<Rejection>) {
     let mut state = State::default();
     let mut rejected = Vec::new();
-    close_ranges(&mut state, intent);
-    match myself(intent, facts) {
-        Ok(me) => join(&mut state, intent, facts, me, &mut rejected),
-        Err(rejection) => rejected.push(rejection),
+    let ranges = ranges(intent);
+    // A range that is offered to this member never leaves in the clear, whether there is a way to it or not.
+    state.routes.extend(ranges.keys().map(|range| ((Table::Closed, *range), Route::Unreachable)));
+    let carved = carved(intent, facts, &ranges);
+    if let Some(here) = Here::find(intent, facts, &mut rejected) {
+        join(&mut state, here, &carved, &mut rejected);
+    }
+    // In both tables, or a forwarded packet would meet the twin.
+    for address in carved.keys() {
+        state.routes.extend(Table::ALL.map(|table| ((table, IpNetwork::from(*address)), Route::Throw)));
     }
     if !state.routes.is_empty() {
-        carve_out_endpoints(&mut state, intent, facts);
         state.rules =
             Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Rule { family, table })).collect();
     }
@@ -46,158 +62,180 @@ pub fn plan(intent: &Intent, facts: &Facts) -> (State, Vec<Rejection>) {
         // The kernel would refuse them at every pass, and a failed make cancels every break.
         state.routes.retain(|(_, to), _| to.is_ipv4());
         state.rules.retain(|rule| rule.family == Family::V4);
+        state.overlay.clear();
     }
     (state, rejected)
 }
 
-/// A range that is offered to this member never leaves in the clear, whether there is a way to it or not.
-fn close_ranges(state: &mut State, intent: &Intent) {
-    let ranges = intent.others().flat_map(|(_, member)| member.offered_to(&intent.me));
-    state.routes.extend(ranges.map(|range| ((Table::Closed, range), Route::Unreachable)));
+/// What is offered to this member, and by whom.
+fn ranges(intent: &Intent) -> BTreeMap<IpNetwork, MemberId> {
+    let offered = |member: &Member| member.offered_to(&intent.me).map(|range| (range, member.id)).collect::<Vec<_>>();
+    intent.others().flat_map(|(_, member)| offered(member)).collect()
 }
 
-/// Peers with what they carry, the devices that they need, the ways to them, and what may pass.
-fn join(state: &mut State, intent: &Intent, facts: &Facts, me: Myself<'_>, rejected: &mut Vec<Rejection>) {
-    let mut left_out = BTreeSet::new();
-    for (name, member) in intent.others() {
-        if facts.psks.get(name) == Some(&None) {
-            rejected.push(unreadable_psk(name));
-            left_out.insert(name);
-        } else {
-            add_peers(state, intent, facts, me, (name, member));
+/// Everything that a node of the mesh has.
+fn join(state: &mut State, here: Here<'_>, carved: &BTreeMap<IpAddr, MemberId>, rejected: &mut Vec<Rejection>) {
+    let facts = here.facts;
+    if let Some((slot, gateway)) = here.slot {
+        wireguard::add(state, here, (slot, gateway), rejected);
+    }
+    state.hop = Some(Hop { port: facts.ports.hop, sources: facts.ports.hop_sources });
+    state.links.insert(Interface::Hop, Link::ours(here.hop_mtu().into()));
+    state.overlay.insert(here.overlay());
+    if here.other_nodes().next().is_some() && facts.hop_ids.is_empty() {
+        rejected.push(hop_secret_missing(here));
+    }
+    let maps = maps::maps(here, state.wireguard.keys().copied().collect(), carved, rejected);
+    ways::add(state, here, &maps);
+    state.maps = Some(maps);
+    state.programs = programs(state, facts);
+    state.nft = Some(nft(here));
+}
+
+fn programs(state: &State, facts: &Facts) -> BTreeSet<Attachment> {
+    let at = |program, link: &str| Attachment { program, link: link.to_owned() };
+    let mut programs: BTreeSet<Attachment> = [Program::Steer, Program::FromHop].map(|one| at(one, HOP)).into();
+    for device in state.wireguard.keys() {
+        programs.extend([Program::ToPeer, Program::FromPeer].map(|one| at(one, &device.to_string())));
+    }
+    programs.extend(facts.native.keys().map(|link| at(Program::SteerNative, link)));
+    programs
+}
+
+/// This node, in its cluster, in the mesh.
+#[derive(Clone, Copy)]
+struct Here<'a> {
+    intent: &'a Intent,
+    facts: &'a Facts,
+    member: &'a Member,
+    /// The slot that this node holds and that it can use; `None`: it is a worker.
+    slot: Option<(Ordinal, &'a Gateway)>,
+    /// Its Node; `None`: no document tells of any.
+    node: Option<&'a Node>,
+}
+
+impl<'a> Here<'a> {
+    /// `None` where there is nothing to join, or no way to do it.
+    fn find(intent: &'a Intent, facts: &'a Facts, rejected: &mut Vec<Rejection>) -> Option<Here<'a>> {
+        let Some(member) = intent.members.get(&intent.me) else {
+            let message = format!("no accepted MeshCluster is called {}: add one, or mend --cluster-name", intent.me);
+            rejected.push(about_member(intent, "metadata.name", Reason::NotInMesh, message));
+            return None;
+        };
+        let node = intent.cluster.as_ref().map(|cluster| cluster.nodes.get(&facts.node));
+        if node == Some(None) {
+            let message = format!("no accepted Node is called {}: add it, or mend --node-name", facts.node);
+            let (kind, name, field) = (Kind::Node, facts.node.to_string(), "metadata.name".to_owned());
+            rejected.push(Rejection { kind, name, field, reason: Reason::NotInMesh, message });
+            return None;
+        }
+        let slot = intent.slot_of(&facts.node).and_then(|slot| match gateway(intent, facts, member, slot) {
+            Ok(gateway) => Some((slot, gateway)),
+            Err(rejection) => {
+                rejected.push(rejection);
+                None
+            }
+        });
+        let here = Here { intent, facts, member, slot, node: node.flatten() };
+        if intent.cluster.as_ref().is_some_and(|cluster| cluster.gateways.is_empty()) {
+            let message = "no node of this cluster holds a slot: add a MeshGateway that names the node".to_owned();
+            rejected.push(about_member(intent, "spec.gateways", Reason::NoGateway, message));
+        }
+        let has_way = slot.is_some() || here.other_slots().next().is_some();
+        (has_way && intent.others().next().is_some()).then_some(here)
+    }
+
+    /// The own overlay address: the slot's on a gateway, the node's on a worker.
+    fn overlay(self) -> Ipv6Addr {
+        match self.slot {
+            Some((slot, _)) => self.facts.overlay.slot(self.member.id, slot),
+            None => self.facts.overlay.node(self.member.id, &self.facts.node),
         }
     }
-    for device in state.peers.keys().map(|(device, _)| *device).collect::<BTreeSet<_>>() {
-        let port = facts.base_port + u16::from(device.0.get());
-        state.wireguard.insert(device, WireGuard { key: me.gateway.key, port });
-        state.links.insert(device, Link::ours(device_mtu(facts.underlay_mtu)));
+
+    fn other_nodes(self) -> impl Iterator<Item = (Option<Ordinal>, &'a Node)> {
+        let cluster = self.intent.cluster.as_ref();
+        cluster.into_iter().flat_map(move |cluster| {
+            let others = cluster.nodes.iter().filter(move |(name, _)| **name != self.facts.node);
+            others.map(|(name, node)| (cluster.slot_of(name), node))
+        })
     }
-    for (name, member) in intent.others() {
-        open_ranges(state, intent, facts, me, (name, member));
+
+    fn other_slots(self) -> impl Iterator<Item = (Ordinal, &'a Node)> {
+        self.other_nodes().filter_map(|(slot, node)| slot.map(|slot| (slot, node)))
     }
-    if !state.peers.is_empty() {
-        state.nft = Some(packet_rules(intent, me, |member| left_out.contains(member)));
+
+    /// Bytes of an inner packet on the hop.
+    fn hop_mtu(self) -> u16 {
+        device_mtu(self.facts.underlay_mtu, HOP_OVERHEAD)
+    }
+
+    /// Bytes of an inner packet in a tunnel.
+    fn tunnel_mtu(self) -> u16 {
+        device_mtu(self.facts.underlay_mtu, TUNNEL_OVERHEAD)
+    }
+
+    /// Bytes of an inner packet towards a member of which no more is known.
+    fn mtu(self) -> u16 {
+        self.hop_mtu().min(self.tunnel_mtu())
     }
 }
 
-/// This cluster's own entry, and the slot of it that this node holds.
-#[derive(Clone, Copy)]
-struct Myself<'a> {
-    member: &'a Member,
-    gateway: &'a Gateway,
+/// Bytes: what the underlay carries less the overhead, within what a device can have.
+fn device_mtu(underlay: u32, overhead: u32) -> u16 {
+    let bytes = underlay.saturating_sub(overhead).clamp(MIN_MTU.into(), MAX_MTU.into());
+    u16::try_from(bytes).unwrap_or(MAX_MTU)
 }
 
-fn myself<'a>(intent: &'a Intent, facts: &Facts) -> Result<Myself<'a>, Rejection> {
-    let refuse = |field: String, message: String| Rejection {
-        kind: Kind::MeshCluster,
-        name: intent.me.to_string(),
-        field,
-        reason: Reason::NotInMesh,
-        message,
-    };
-    let member = intent.members.get(&intent.me).ok_or_else(|| {
-        refuse(
-            "metadata.name".into(),
-            format!("no accepted MeshCluster is called {}: add one, or mend --cluster-name", intent.me),
-        )
-    })?;
-    let slot = facts.slot;
-    let gateway = member.gateways.get(&slot).ok_or_else(|| {
+/// The folder's entry for the slot that this node holds, if it is this node's and it can be used.
+fn gateway<'a>(intent: &Intent, facts: &Facts, member: &'a Member, slot: Ordinal) -> Result<&'a Gateway, Rejection> {
+    let Some(gateway) = member.gateways.get(&slot) else {
         let keys: Vec<String> = facts.slot_keys.iter().map(ToString::to_string).collect();
         let message =
             format!("the folder names no gateway with ordinal {slot}: add it with publicKey {}", keys.join(" or "));
-        refuse("spec.gateways".into(), message)
-    })?;
-    if facts.slot_keys.contains(&gateway.key) {
-        Ok(Myself { member, gateway })
-    } else {
+        return Err(about_member(intent, "spec.gateways", Reason::NotInMesh, message));
+    };
+    if !facts.slot_keys.contains(&gateway.key) {
         let message = format!(
             "{} is not the key of this node's slot {slot}: put the public key that `carrick keys show` prints here, or the private key that belongs to this one into the keys folder",
             gateway.key
         );
-        Err(refuse(format!("spec.gateways[ordinal={slot}].publicKey"), message))
+        let field = format!("spec.gateways[ordinal={slot}].publicKey");
+        return Err(about_member(intent, &field, Reason::NotInMesh, message));
     }
+    if !facts.ipv6 {
+        let message = format!(
+            "IPv6 is off on this node, which holds slot {slot}, and probes need it: turn it on (net.ipv6.conf.all.disable_ipv6=0), or let another node hold the slot"
+        );
+        return Err(about_member(intent, &format!("spec.gateways[ordinal={slot}]"), Reason::IPv6Disabled, message));
+    }
+    Ok(gateway)
 }
 
-fn unreadable_psk(member: &MemberName) -> Rejection {
+fn about_member(intent: &Intent, field: &str, reason: Reason, message: String) -> Rejection {
+    Rejection { kind: Kind::MeshCluster, name: intent.me.to_string(), field: field.to_owned(), reason, message }
+}
+
+fn hop_secret_missing(here: Here<'_>) -> Rejection {
+    let message = "the cluster has other nodes, but the keys folder has no file hop, by which they know each other's \
+                   packets: make it with `carrick keys gen --hop` on one node, and copy it to all";
     Rejection {
-        kind: Kind::MeshCluster,
-        name: member.to_string(),
-        field: "metadata.name".into(),
-        reason: Reason::PresharedKeyUnreadable,
-        message: format!(
-            "the file psk-{member} cannot be used, and without it the pair would be less safe than you asked for: mend or remove it"
-        ),
+        kind: Kind::Node,
+        name: here.facts.node.to_string(),
+        field: "metadata.name".to_owned(),
+        reason: Reason::HopSecretMissing,
+        message: message.to_owned(),
     }
 }
 
-/// A member's gateway j is a peer of device j, and holds all that the member offers us.
-fn add_peers(
-    state: &mut State,
-    intent: &Intent,
-    facts: &Facts,
-    me: Myself<'_>,
-    (name, member): (&MemberName, &Member),
-) {
-    for (ordinal, gateway) in &member.gateways {
-        let device = Device(*ordinal);
-        let pair = (device, gateway.key);
-        let nat = gateway.endpoints.is_empty() || me.gateway.endpoints.is_empty();
-        let peer = Peer {
-            endpoint: facts.dial.get(&pair).copied(),
-            keepalive: me.member.keepalive.unwrap_or(if nat { NAT_KEEPALIVE } else { 0 }),
-            psk: facts.psks.get(name).copied().flatten(),
-        };
-        state.peers.insert(pair, peer);
-        for prefix in member.offered_to(&intent.me) {
-            state.allowed_ips.insert((device, prefix), gateway.key);
-        }
-    }
-}
-
-/// Each prefix leaves by the device of the member's lowest ordinal, the only one that a plain route can name.
-fn open_ranges(
-    state: &mut State,
-    intent: &Intent,
-    facts: &Facts,
-    me: Myself<'_>,
-    (name, member): (&MemberName, &Member),
-) {
-    let sources = Family::ALL.map(|family| (family, own_source(me.member, name, family, &facts.addresses)));
-    for prefix in member.offered_to(&intent.me) {
-        if let Some(device) = Device::all().find(|device| state.allowed_ips.contains_key(&(*device, prefix))) {
-            let source =
-                sources.iter().find(|(family, _)| *family == Family::of(&prefix)).and_then(|(_, source)| *source);
-            state.routes.insert((Table::Remote, prefix), Route::Dev { device, source });
-        }
-    }
-}
-
-/// The address from which this node itself can talk to that member: one inside a range that is offered to it.
-fn own_source(me: &Member, to: &MemberName, family: Family, addresses: &BTreeSet<IpAddr>) -> Option<IpAddr> {
-    let ranges: Vec<IpNetwork> = me.offered_to(to).filter(|range| Family::of(range) == family).collect();
-    addresses.iter().copied().find(|address| ranges.iter().any(|range| range.contains(*address)))
-}
-
-/// An endpoint inside a remote range must not be sent into the tunnel that it carries. In both tables, or a forwarded
-/// packet would meet the twin. Where a peer has roamed to is not carved out: it must not choose what goes in the clear.
-fn carve_out_endpoints(state: &mut State, intent: &Intent, facts: &Facts) {
+/// The endpoints inside a range, and whose range it is: what carries a tunnel must not enter it. Where a peer has roamed
+/// to is not carved out: it must not choose what goes in the clear.
+fn carved(intent: &Intent, facts: &Facts, ranges: &BTreeMap<IpNetwork, MemberId>) -> BTreeMap<IpAddr, MemberId> {
     let gateways = intent.members.values().flat_map(|member| member.gateways.values());
     let hosts = gateways.flat_map(|gateway| gateway.endpoints.iter().map(|endpoint| &endpoint.host));
     let named: BTreeSet<IpAddr> = hosts.flat_map(|host| addresses_of(host, &facts.resolved)).collect();
-    let ranges: BTreeSet<IpNetwork> = state.routes.keys().map(|(_, range)| *range).collect();
-    let lengths: BTreeSet<u8> = ranges.iter().map(IpNetwork::prefix).collect();
-    let inside = |address: &IpAddr| {
-        let around = lengths.iter().filter_map(|length| IpNetwork::new(*address, *length).ok());
-        around
-            .filter_map(|range| IpNetwork::new(range.network(), range.prefix()).ok())
-            .any(|range| ranges.contains(&range))
-    };
-    for address in named.union(&facts.carved).filter(|address| inside(address)) {
-        for table in Table::ALL {
-            state.routes.insert((table, IpNetwork::from(*address)), Route::Throw);
-        }
-    }
+    let ranges = Longest::new(ranges);
+    named.union(&facts.carved).filter_map(|address| ranges.get(*address).map(|member| (*address, *member))).collect()
 }
 
 /// What an endpoint's host stands for: itself, or what its name has resolved to.
@@ -208,16 +246,42 @@ pub fn addresses_of(host: &Host, resolved: &BTreeMap<String, Vec<IpAddr>>) -> Ve
     }
 }
 
-/// Packets pass between two prefixes only if each side offers its own to the other. The pairs never overlap: members
-/// hold disjoint prefixes, and of a member's nested ones the widest stands for all.
-fn packet_rules(intent: &Intent, me: Myself<'_>, left_out: impl Fn(&MemberName) -> bool) -> Nft {
-    let mut nft = Nft::default();
-    for (name, member) in intent.others().filter(|(name, _)| !left_out(name)) {
-        let own = widest(me.member.offered_to(name));
-        for remote in widest(member.offered_to(&intent.me)) {
+/// Finds the longest prefix that holds an address.
+struct Longest<'a, V> {
+    map: &'a BTreeMap<IpNetwork, V>,
+    lengths: BTreeSet<u8>,
+}
+
+impl<'a, V> Longest<'a, V> {
+    fn new(map: &'a BTreeMap<IpNetwork, V>) -> Longest<'a, V> {
+        Longest { map, lengths: map.keys().map(IpNetwork::prefix).collect() }
+    }
+
+    fn get(&self, address: IpAddr) -> Option<&'a V> {
+        self.lengths.iter().rev().find_map(|length| {
+            let around = IpNetwork::new(address, *length).ok()?;
+            self.map.get(&IpNetwork::new(around.network(), *length).ok()?)
+        })
+    }
+}
+
+/// Sources are kept between two prefixes if each side offers its own to the other. The pairs never overlap: members hold
+/// disjoint prefixes, and of a member's nested ones the widest stands for all.
+fn nft(here: Here<'_>) -> Nft {
+    let ports = here.facts.ports;
+    let nodes = here.other_nodes().flat_map(|(_, node)| &node.hop).copied().collect();
+    let mut nft = Nft {
+        keep_source: BTreeSet::new(),
+        nodes,
+        hop_port: ports.hop,
+        hop_sources: ports.hop_sources,
+        native: here.facts.native.keys().cloned().collect(),
+    };
+    for (name, member) in here.intent.others() {
+        let own = widest(here.member.offered_to(name));
+        for remote in widest(member.offered_to(&here.intent.me)) {
             for own in own.iter().copied().filter(|own| own.is_ipv4() == remote.is_ipv4()) {
                 nft.keep_source.extend([(own, remote), (remote, own)]);
-                nft.admit.insert((remote, own));
             }
         }
     }
@@ -235,393 +299,8 @@ fn widest(prefixes: impl Iterator<Item = IpNetwork>) -> Vec<IpNetwork> {
     widest
 }
 
-/// Bytes: what the underlay carries less WireGuard's overhead, within what a device can have.
-fn device_mtu(underlay: u32) -> u32 {
-    underlay.saturating_sub(OVERHEAD).clamp(MIN_MTU, MAX_MTU)
-}
-
-/// Bytes: larger devices have not been tried.
-const MAX_MTU: u32 = 3_900;
-
 /// Which member's gateway a pair is.
 pub fn member_of<'a>(intent: &'a Intent, device: Device, key: &PublicKey) -> Option<&'a MemberName> {
     let holds = |member: &Member| member.gateways.get(&device.0).is_some_and(|gateway| gateway.key == *key);
     intent.members.iter().find(|(_, member)| holds(member)).map(|(name, _)| name)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        diff::diff,
-        intent::{Endpoint, Offer, Route as Claim},
-        keys::PskId,
-        model::key,
-        names::{MemberId, Ordinal},
-    };
-    use expect_test::{Expect, expect};
-    use proptest::{collection, prelude::*};
-
-    /// A mesh in short: a line per member, `name id [gwN[@host:port]]... [prefix[>member,...]]...`; the n-th line's
-    /// gateway o has the key 10 n + o. The first member is this node's.
-    fn intent(text: &str) -> Intent {
-        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-        let members: Vec<(MemberName, Member)> =
-            lines.enumerate().map(|(n, line)| member(u8::try_from(n).expect("few"), line)).collect();
-        Intent { me: members[0].0.clone(), members: members.into_iter().collect() }
-    }
-
-    fn member(n: u8, line: &str) -> (MemberName, Member) {
-        let mut words = line.split_whitespace();
-        let mut next = || words.next().expect("a member has a name and an id");
-        let (name, id) = (next().parse().expect("a label"), next().parse().expect("a number"));
-        let mut member = Member {
-            id: MemberId::new(id).expect("in range"),
-            gateways: BTreeMap::new(),
-            keepalive: None,
-            routes: BTreeMap::new(),
-        };
-        for word in words {
-            if let Some(gateway) = word.strip_prefix("gw") {
-                let (ordinal, endpoint) = gateway.split_once('@').unwrap_or((gateway, ""));
-                let ordinal: u8 = ordinal.parse().expect("an ordinal");
-                let endpoints = endpoint.split_once(':').map(|(host, port)| Endpoint {
-                    host: host.parse().map_or_else(|_| Host::Name(host.into()), Host::Ip),
-                    port: port.parse().expect("a port"),
-                });
-                let gateway = Gateway { key: key(10 * n + ordinal), endpoints: endpoints.into_iter().collect() };
-                member.gateways.insert(Ordinal::new(ordinal.into()).expect("in range"), gateway);
-            } else {
-                let (prefix, to) = word.split_once('>').map_or((word, None), |(prefix, to)| (prefix, Some(to)));
-                let offered = to.map_or(Offer::All, |to| {
-                    Offer::To(to.split(',').map(|name| name.parse().expect("a label")).collect())
-                });
-                member.routes.insert(prefix.parse().expect("a prefix"), Claim { offered });
-            }
-        }
-        (name, member)
-    }
-
-    fn facts() -> Facts {
-        Facts {
-            slot: Ordinal::ZERO,
-            slot_keys: [key(0)].into(),
-            psks: BTreeMap::new(),
-            resolved: [("gw.example.com".into(), vec!["10.44.9.9".parse().expect("an address")])].into(),
-            dial: BTreeMap::new(),
-            carved: BTreeSet::new(),
-            underlay_mtu: 1500,
-            ipv6: true,
-            addresses: ["10.42.0.1".parse().expect("an address"), "192.0.2.1".parse().expect("an address")].into(),
-            base_port: 27473,
-        }
-    }
-
-    /// The whole plan as the commands that would make it from nothing, keys by their number.
-    fn check(mesh: &str, facts: &Facts, expected: Expect) {
-        let (state, rejected) = plan(&intent(mesh), facts);
-        let mut told: String = diff(&state, &State::default()).iter().map(|op| format!("{op}\n")).collect();
-        told.extend(rejected.iter().map(|rejection| format!("{rejection}\n")));
-        for n in 0..100 {
-            told = told.replace(&key(n).to_string(), &format!("K{n}"));
-        }
-        expected.assert_eq(&told);
-    }
-
-    const TWO: &str = "
-        mn 1 gw0@203.0.113.1:27473 10.42.0.0/16
-        va 2 gw0 10.44.0.0/16
-    ";
-
-    #[test]
-    fn two_members() {
-        check(
-            TWO,
-            &facts(),
-            expect![[r#"
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16 }
-                wg set carrick-wg0 listen-port 27473 private-key <of K0>
-                ip link set carrick-wg0 mtu 1420 addrgenmode none up
-                wg set carrick-wg0 peer K10 persistent-keepalive 25 allowed-ips +10.44.0.0/16
-                ip -4 rule add priority 11 lookup 7473
-                ip -4 rule add priority 12 not iif lo lookup 7474
-                ip -6 rule add priority 11 lookup 7473
-                ip -6 rule add priority 12 not iif lo lookup 7474
-                ip route replace unreachable 10.44.0.0/16 table 7474
-                ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-            "#]],
-        );
-    }
-
-    #[test]
-    fn a_device_for_each_remote_ordinal_and_both_families() {
-        let mesh = "
-            mn 1 gw0@203.0.113.1:27473 10.42.0.0/16 fd00:42::/48
-            va 2 gw0@198.51.100.1:27473 gw1@198.51.100.2:27473 10.44.0.0/16 fd00:44::/48
-            ge 3 gw1@198.51.100.3:27473 10.45.0.0/16
-        ";
-        check(
-            mesh,
-            &facts(),
-            expect![[r#"
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16, fd00:42::/48 . fd00:44::/48, fd00:44::/48 . fd00:42::/48 } admit { 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16, fd00:44::/48 . fd00:42::/48 }
-                wg set carrick-wg0 listen-port 27473 private-key <of K0>
-                wg set carrick-wg1 listen-port 27474 private-key <of K0>
-                ip link set carrick-wg0 mtu 1420 addrgenmode none up
-                ip link set carrick-wg1 mtu 1420 addrgenmode none up
-                wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+fd00:44::/48
-                wg set carrick-wg1 peer K21 allowed-ips +10.45.0.0/16
-                wg set carrick-wg1 peer K11 allowed-ips +10.44.0.0/16,+fd00:44::/48
-                ip -4 rule add priority 11 lookup 7473
-                ip -4 rule add priority 12 not iif lo lookup 7474
-                ip -6 rule add priority 11 lookup 7473
-                ip -6 rule add priority 12 not iif lo lookup 7474
-                ip route replace unreachable 10.44.0.0/16 table 7474
-                ip route replace unreachable 10.45.0.0/16 table 7474
-                ip route replace unreachable fd00:44::/48 table 7474
-                ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-                ip route replace 10.45.0.0/16 dev carrick-wg1 src 10.42.0.1 table 7473
-                ip route replace fd00:44::/48 dev carrick-wg0 table 7473
-            "#]],
-        );
-    }
-
-    #[test]
-    fn only_what_is_offered_here_is_routed_and_only_what_is_offered_there_is_admitted() {
-        let mesh = "
-            mn 1 gw0@203.0.113.1:27473 10.42.0.0/16>va 10.43.0.0/16
-            va 2 gw0@198.51.100.1:27473 10.44.0.0/16>ge 10.46.0.0/16>mn
-            ge 3 gw0@198.51.100.3:27473 10.45.0.0/16
-        ";
-        check(
-            mesh,
-            &facts(),
-            expect![[r#"
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.46.0.0/16, 10.43.0.0/16 . 10.45.0.0/16, 10.43.0.0/16 . 10.46.0.0/16, 10.45.0.0/16 . 10.43.0.0/16, 10.46.0.0/16 . 10.42.0.0/16, 10.46.0.0/16 . 10.43.0.0/16 } admit { 10.45.0.0/16 . 10.43.0.0/16, 10.46.0.0/16 . 10.42.0.0/16, 10.46.0.0/16 . 10.43.0.0/16 }
-                wg set carrick-wg0 listen-port 27473 private-key <of K0>
-                ip link set carrick-wg0 mtu 1420 addrgenmode none up
-                wg set carrick-wg0 peer K10 allowed-ips +10.46.0.0/16
-                wg set carrick-wg0 peer K20 allowed-ips +10.45.0.0/16
-                ip -4 rule add priority 11 lookup 7473
-                ip -4 rule add priority 12 not iif lo lookup 7474
-                ip -6 rule add priority 11 lookup 7473
-                ip -6 rule add priority 12 not iif lo lookup 7474
-                ip route replace unreachable 10.45.0.0/16 table 7474
-                ip route replace unreachable 10.46.0.0/16 table 7474
-                ip route replace 10.45.0.0/16 dev carrick-wg0 table 7473
-                ip route replace 10.46.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-            "#]],
-        );
-    }
-
-    #[test]
-    fn a_node_without_ipv6_has_no_ipv6_routes() {
-        let mesh = "
-            mn 1 gw0@203.0.113.1:27473 10.42.0.0/16 fd00:42::/48
-            va 2 gw0@198.51.100.1:27473 10.44.0.0/16 fd00:44::/48
-        ";
-        check(
-            mesh,
-            &Facts { ipv6: false, ..facts() },
-            expect![[r#"
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, fd00:42::/48 . fd00:44::/48, fd00:44::/48 . fd00:42::/48 } admit { 10.44.0.0/16 . 10.42.0.0/16, fd00:44::/48 . fd00:42::/48 }
-                wg set carrick-wg0 listen-port 27473 private-key <of K0>
-                ip link set carrick-wg0 mtu 1420 addrgenmode none up
-                wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+fd00:44::/48
-                ip -4 rule add priority 11 lookup 7473
-                ip -4 rule add priority 12 not iif lo lookup 7474
-                ip route replace unreachable 10.44.0.0/16 table 7474
-                ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-            "#]],
-        );
-    }
-
-    #[test]
-    fn nested_prefixes_of_a_member_are_routed_each_and_permitted_once() {
-        let mesh = "
-            mn 1 gw0@203.0.113.1:27473 10.42.0.0/16 10.42.8.0/24
-            va 2 gw0@198.51.100.1:27473 10.44.0.0/16 10.44.0.0/24 10.44.8.0/24
-        ";
-        check(
-            mesh,
-            &facts(),
-            expect![[r#"
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16 }
-                wg set carrick-wg0 listen-port 27473 private-key <of K0>
-                ip link set carrick-wg0 mtu 1420 addrgenmode none up
-                wg set carrick-wg0 peer K10 allowed-ips +10.44.0.0/16,+10.44.0.0/24,+10.44.8.0/24
-                ip -4 rule add priority 11 lookup 7473
-                ip -4 rule add priority 12 not iif lo lookup 7474
-                ip -6 rule add priority 11 lookup 7473
-                ip -6 rule add priority 12 not iif lo lookup 7474
-                ip route replace unreachable 10.44.0.0/16 table 7474
-                ip route replace unreachable 10.44.0.0/24 table 7474
-                ip route replace unreachable 10.44.8.0/24 table 7474
-                ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-                ip route replace 10.44.0.0/24 dev carrick-wg0 src 10.42.0.1 table 7473
-                ip route replace 10.44.8.0/24 dev carrick-wg0 src 10.42.0.1 table 7473
-            "#]],
-        );
-    }
-
-    #[test]
-    fn an_endpoint_inside_a_remote_range_is_carved_out() {
-        let mesh = "
-            mn 1 gw0 10.42.0.0/16
-            va 2 gw0@gw.example.com:27473 10.44.0.0/16
-            ge 3 gw0@10.44.7.7:27473 10.45.0.0/16
-        ";
-        check(
-            mesh,
-            &facts(),
-            expect![[r#"
-                ip route replace throw 10.44.7.7/32 table 7474
-                ip route replace throw 10.44.9.9/32 table 7474
-                ip route replace throw 10.44.7.7/32 table 7473
-                ip route replace throw 10.44.9.9/32 table 7473
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.42.0.0/16 . 10.45.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } admit { 10.44.0.0/16 . 10.42.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 }
-                wg set carrick-wg0 listen-port 27473 private-key <of K0>
-                ip link set carrick-wg0 mtu 1420 addrgenmode none up
-                wg set carrick-wg0 peer K10 persistent-keepalive 25 allowed-ips +10.44.0.0/16
-                wg set carrick-wg0 peer K20 persistent-keepalive 25 allowed-ips +10.45.0.0/16
-                ip -4 rule add priority 11 lookup 7473
-                ip -4 rule add priority 12 not iif lo lookup 7474
-                ip -6 rule add priority 11 lookup 7473
-                ip -6 rule add priority 12 not iif lo lookup 7474
-                ip route replace unreachable 10.44.0.0/16 table 7474
-                ip route replace unreachable 10.45.0.0/16 table 7474
-                ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-                ip route replace 10.45.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-            "#]],
-        );
-    }
-
-    #[test]
-    fn a_preshared_key_that_cannot_be_used_leaves_its_member_out() {
-        let psks = [("va", None), ("ge", Some(PskId::from_bytes([7; 8])))];
-        let psks = psks.map(|(name, psk)| (name.parse().expect("a label"), psk));
-        let mesh = "
-            mn 1 gw0@203.0.113.1:27473 10.42.0.0/16
-            va 2 gw0@198.51.100.1:27473 10.44.0.0/16
-            ge 3 gw0@198.51.100.3:27473 10.45.0.0/16
-        ";
-        check(
-            mesh,
-            &Facts { psks: psks.into(), ..facts() },
-            expect![[r#"
-                nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.45.0.0/16, 10.45.0.0/16 . 10.42.0.0/16 } admit { 10.45.0.0/16 . 10.42.0.0/16 }
-                wg set carrick-wg0 listen-port 27473 private-key <of K0>
-                ip link set carrick-wg0 mtu 1420 addrgenmode none up
-                wg set carrick-wg0 peer K20 preshared-key <0707070707070707> allowed-ips +10.45.0.0/16
-                ip -4 rule add priority 11 lookup 7473
-                ip -4 rule add priority 12 not iif lo lookup 7474
-                ip -6 rule add priority 11 lookup 7473
-                ip -6 rule add priority 12 not iif lo lookup 7474
-                ip route replace unreachable 10.44.0.0/16 table 7474
-                ip route replace unreachable 10.45.0.0/16 table 7474
-                ip route replace 10.45.0.0/16 dev carrick-wg0 src 10.42.0.1 table 7473
-                MeshCluster/va metadata.name: PresharedKeyUnreadable: the file psk-va cannot be used, and without it the pair would be less safe than you asked for: mend or remove it
-            "#]],
-        );
-    }
-
-    #[test]
-    fn a_node_that_the_folder_does_not_name_closes_what_the_others_claim() {
-        check(
-            TWO,
-            &Facts { slot_keys: [key(77)].into(), ..facts() },
-            expect![[r#"
-                ip -4 rule add priority 11 lookup 7473
-                ip -4 rule add priority 12 not iif lo lookup 7474
-                ip -6 rule add priority 11 lookup 7473
-                ip -6 rule add priority 12 not iif lo lookup 7474
-                ip route replace unreachable 10.44.0.0/16 table 7474
-                MeshCluster/mn spec.gateways[ordinal=0].publicKey: NotInMesh: K0 is not the key of this node's slot 0: put the public key that `carrick keys show` prints here, or the private key that belongs to this one into the keys folder
-            "#]],
-        );
-        check(
-            TWO,
-            &Facts { slot: Ordinal::new(3).expect("in range"), ..facts() },
-            expect![[r#"
-                ip -4 rule add priority 11 lookup 7473
-                ip -4 rule add priority 12 not iif lo lookup 7474
-                ip -6 rule add priority 11 lookup 7473
-                ip -6 rule add priority 12 not iif lo lookup 7474
-                ip route replace unreachable 10.44.0.0/16 table 7474
-                MeshCluster/mn spec.gateways: NotInMesh: the folder names no gateway with ordinal 3: add it with publicKey K0
-            "#]],
-        );
-        let mut nobody = intent(TWO);
-        nobody.me = "xx".parse().expect("a label");
-        let (state, rejected) = plan(&nobody, &facts());
-        assert_eq!(state.peers, BTreeMap::new());
-        assert!(state.routes.values().all(|route| *route == Route::Unreachable) && state.routes.len() == 2);
-        expect!["MeshCluster/xx metadata.name: NotInMesh: no accepted MeshCluster is called xx: add one, or mend --cluster-name"].assert_eq(&rejected[0].to_string());
-    }
-
-    prop_compose! {
-        /// Up to six members, each with a few gateways and prefixes of its own, offered to some.
-        fn any_mesh()(
-            members in collection::vec(
-                (collection::btree_set(0..4u8, 0..3), collection::btree_map(0..4u8, collection::vec(0..6usize, 0..3), 0..4)),
-                1..6,
-            )
-        ) -> String {
-            let lines = members.iter().enumerate().map(|(n, (gateways, routes))| {
-                let gateways = gateways.iter().map(|o| format!("gw{o}@198.51.100.{n}:27473")).collect::<Vec<_>>().join(" ");
-                let routes = routes.iter().map(|(r, to)| {
-                    let to = to.iter().map(|m| format!("m{m}")).collect::<Vec<_>>().join(",");
-                    let to = if to.is_empty() { to } else { format!(">{to}") };
-                    if r % 2 == 0 { format!("10.1{n}{r}.0.0/16{to}") } else { format!("fd{n}{r}::/16{to}") }
-                }).collect::<Vec<_>>().join(" ");
-                format!("m{n} {} {gateways} {routes}", n + 1)
-            });
-            lines.collect::<Vec<_>>().join("\n")
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn every_plan_is_closed_in_itself(mesh in any_mesh()) {
-            let intent = intent(&mesh);
-            let (state, _) = plan(&intent, &facts());
-            for ((table, to), route) in &state.routes {
-                match (table, route) {
-                    (Table::Remote, Route::Dev { device, .. }) => {
-                        prop_assert!(state.allowed_ips.contains_key(&(*device, *to)), "{to} has no peer");
-                        prop_assert_eq!(state.routes.get(&(Table::Closed, *to)), Some(&Route::Unreachable));
-                    }
-                    (Table::Closed, Route::Unreachable) => {
-                        let open = matches!(state.routes.get(&(Table::Remote, *to)), Some(Route::Dev { .. }));
-                        prop_assert_eq!(open, state.allowed_ips.keys().any(|(_, prefix)| prefix == to));
-                    }
-                    (_, Route::Throw) => {
-                        prop_assert!(Table::ALL.iter().all(|table| state.routes[&(*table, *to)] == Route::Throw));
-                    }
-                    wrong => prop_assert!(false, "{to}: {wrong:?}"),
-                }
-            }
-            prop_assert!(state.allowed_ips.iter().all(|((device, _), key)| state.peers.contains_key(&(*device, *key))));
-            prop_assert!(state.peers.keys().all(|(device, _)| state.wireguard.contains_key(device)));
-            prop_assert!(state.links.keys().eq(state.wireguard.keys()));
-            prop_assert_eq!(state.nft.is_some(), !state.peers.is_empty());
-        }
-
-        #[test]
-        fn nothing_is_carried_that_was_not_offered_by_both_sides(mesh in any_mesh()) {
-            let intent = intent(&mesh);
-            let (state, _) = plan(&intent, &facts());
-            let member = |key: &PublicKey| {
-                intent.members.iter().find(|(_, m)| m.gateways.values().any(|g| g.key == *key)).expect("a member's")
-            };
-            for ((_, prefix), key) in &state.allowed_ips {
-                prop_assert!(member(key).1.routes[prefix].offered.includes(&intent.me));
-            }
-            for (remote, own) in state.nft.iter().flat_map(|nft| &nft.admit) {
-                let owner = intent.members.iter().find(|(_, m)| m.routes.contains_key(remote)).expect("a member's");
-                prop_assert!(owner.1.routes[remote].offered.includes(&intent.me));
-                prop_assert!(intent.members[&intent.me].routes[own].offered.includes(owner.0));
-            }
-        }
-    }
 }

@@ -1,16 +1,18 @@
 //! One pass: the operations between what is wanted and what is, applied in order.
 //!
 //! Invariants: an error never removes a working path, and never opens one that is not guarded. After a failed make, an
-//! unreadable layer or an incomplete view, every break is withheld; where the nft table cannot be made, so is every
-//! peer. The next pass, which is the same whole pass again, catches up.
+//! unreadable layer or an incomplete view, every break is withheld. What guards is the programs: where those of a link
+//! cannot be attached, it is not raised, and gets no peer; where a map cannot be filled, no peer gains a prefix. Nothing
+//! waits for the nft table: without it masqueraded packets are refused by `steer`, and forged ones by `from_hop`. The
+//! next pass, which is the same whole pass again, catches up.
 
 use std::{collections::BTreeMap, fmt, io, time::SystemTime};
 
 use crate::{
     diff::diff,
     keys::PublicKey,
-    names::Device,
-    state::{Op, State},
+    names::{Device, Interface},
+    state::{Op, Program, Route, State},
 };
 
 /// What is known of one pair of gateways beside its configuration.
@@ -30,6 +32,11 @@ pub enum Layer {
     Route,
     Rule,
     Nft,
+    Address,
+    /// The pinned maps.
+    Maps,
+    /// What is attached where.
+    Programs,
 }
 
 impl fmt::Display for Layer {
@@ -40,6 +47,9 @@ impl fmt::Display for Layer {
             Layer::Route => "routes",
             Layer::Rule => "rules",
             Layer::Nft => "nftables",
+            Layer::Address => "addresses",
+            Layer::Maps => "BPF maps",
+            Layer::Programs => "BPF programs",
         })
     }
 }
@@ -48,13 +58,16 @@ impl Op {
     /// Where the operation has its effect.
     pub fn layer(&self) -> Layer {
         match self {
-            Op::SetLink { .. } | Op::DelDevice { .. } => Layer::Link,
+            Op::SetHop(_) | Op::SetLink { .. } | Op::DelLink(_) => Layer::Link,
             Op::SetDevice { .. } | Op::SetPeer { .. } | Op::DropAllowedIps { .. } | Op::RemovePeer { .. } => {
                 Layer::WireGuard
             }
             Op::SetRoute { .. } | Op::DelRoute { .. } => Layer::Route,
             Op::AddRule(_) | Op::DelRule(_) => Layer::Rule,
             Op::GrowNft(_) | Op::ShrinkNft(_) => Layer::Nft,
+            Op::AddOverlay(_) | Op::DelOverlay(_) => Layer::Address,
+            Op::LoadMaps | Op::SetEntry(_) | Op::NarrowOwn(..) | Op::DelEntry(_) | Op::UnloadMaps => Layer::Maps,
+            Op::Attach(_) | Op::Detach(_) => Layer::Programs,
         }
     }
 }
@@ -107,12 +120,28 @@ pub fn waits(op: &Op, complete: bool, reading: &Reading, failed: &[ApplyError]) 
     let hangs = |layer: Layer| {
         failed.iter().any(|failed| failed.op.layer() == layer && failed.source.kind() == io::ErrorKind::TimedOut)
     };
-    let unguarded = reading.state.nft.is_none()
-        && (unread(Layer::Nft) || failed.iter().any(|failed| matches!(failed.op, Op::GrowNft(_))));
+    let guards_unread = unread(Layer::Maps) || unread(Layer::Programs);
+    let unguarded = |interface: Interface| guards_unread || failed.iter().any(|failed| guards(&failed.op, interface));
+    let unfilled = || failed.iter().any(|failed| matches!(failed.op, Op::SetEntry(_)));
     match op {
         _ if unread(op.layer()) || hangs(op.layer()) => true,
-        Op::SetLink { .. } | Op::SetPeer { .. } => unguarded,
+        Op::SetLink { interface, .. } => unguarded(*interface),
+        Op::SetPeer { device, gained, .. } => {
+            unguarded(Interface::WireGuard(*device)) || (!gained.is_empty() && unfilled())
+        }
+        // Into a link that is not raised; but where only `steer` is missing, it goes nowhere, which is better than in the clear.
+        Op::SetRoute { route: Route::Hop { .. }, .. } => unguarded(Interface::Hop),
         op if op.is_break() => !complete || !reading.failed.is_empty() || !failed.is_empty(),
+        _ => false,
+    }
+}
+
+/// Whether the link carries nothing before this is done.
+fn guards(op: &Op, interface: Interface) -> bool {
+    match op {
+        Op::LoadMaps => true,
+        Op::SetHop(_) => interface == Interface::Hop,
+        Op::Attach(at) => at.program != Program::Steer && Interface::from_link(&at.link) == Some(interface),
         _ => false,
     }
 }
@@ -136,9 +165,16 @@ pub async fn reconcile(desired: &State, complete: bool, reading: &Reading, kerne
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Model, any_desired, any_state};
+    use crate::{
+        model::{Model, any_desired, any_state},
+        names::HOP,
+    };
     use futures::executor::block_on;
-    use proptest::{collection::btree_set, prelude::*};
+    use proptest::{
+        collection::btree_set,
+        prelude::*,
+        sample::{Index, select},
+    };
 
     async fn pass(desired: &State, complete: bool, model: &mut Model) -> Outcome {
         let reading = model.read().await;
@@ -185,24 +221,56 @@ mod tests {
         }
 
         #[test]
-        fn without_its_guard_no_peer_is_made(desired in any_desired(), state in any_state()) {
+        fn without_its_guard_no_peer_is_made(desired in any_desired(), state in any_state(), which in any::<Index>()) {
             let ops = diff(&desired, &state);
-            let guard = ops.iter().position(|op| matches!(op, Op::GrowNft(_)));
-            prop_assume!(guard.is_some() && state.nft.is_none());
-            let mut model = Model { state, refuse: guard.into_iter().collect(), ..Model::default() };
+            let guard = |op: &Op| matches!(op, Op::LoadMaps | Op::SetEntry(_) | Op::Attach(_) | Op::SetHop(_));
+            let all: Vec<usize> = (0..ops.len()).filter(|at| guard(&ops[*at])).collect();
+            prop_assume!(!all.is_empty());
+            let refused = *which.get(&all);
+            let mut model = Model { state, refuse: [refused].into(), ..Model::default() };
             block_on(pass(&desired, true, &mut model));
-            let unguarded = |op: &Op| matches!(op, Op::SetPeer { .. } | Op::SetLink { .. });
-            prop_assert!(!model.applied.iter().any(unguarded));
+            let lets_in = |op: &Op, link: &str| match op {
+                Op::SetLink { interface, .. } => interface.to_string() == link,
+                Op::SetPeer { device, .. } => device.to_string() == link,
+                Op::SetRoute { route: Route::Hop { .. }, .. } => link == HOP,
+                _ => false,
+            };
+            for op in &model.applied {
+                prop_assert!(!match &ops[refused] {
+                    Op::LoadMaps => Interface::all().any(|interface| lets_in(op, &interface.to_string())),
+                    Op::SetEntry(_) => matches!(op, Op::SetPeer { gained, .. } if !gained.is_empty()),
+                    Op::Attach(at) => at.program != Program::Steer && lets_in(op, &at.link),
+                    _ => lets_in(op, HOP),
+                }, "{op} without {}", ops[refused]);
+            }
         }
 
         #[test]
-        fn a_layer_that_cannot_be_read_is_not_written(desired in any_desired(), state in any_state()) {
+        fn nothing_else_waits_for_the_nft_table(desired in any_desired(), state in any_state()) {
+            let ops = diff(&desired, &state);
+            let refused = ops.iter().position(|op| matches!(op, Op::GrowNft(_)));
+            prop_assume!(refused.is_some());
+            let mut model = Model { state, refuse: refused.into_iter().collect(), ..Model::default() };
+            block_on(pass(&desired, true, &mut model));
+            prop_assert_eq!(model.applied.len() + 1, ops.iter().filter(|op| !op.is_break()).count());
+        }
+
+        #[test]
+        fn a_layer_that_cannot_be_read_is_not_written(
+            desired in any_desired(),
+            state in any_state(),
+            layer in select(vec![Layer::Nft, Layer::Maps, Layer::Programs, Layer::Link, Layer::WireGuard]),
+        ) {
             let mut model = Model { state, ..Model::default() };
             let mut reading = block_on(model.read());
             let source = io::Error::from(io::ErrorKind::ConnectionRefused);
-            reading.failed.push(ReadError { layer: Layer::Nft, source });
+            reading.failed.push(ReadError { layer, source });
             block_on(reconcile(&desired, true, &reading, &mut model));
-            prop_assert!(model.applied.iter().all(|op| op.layer() != Layer::Nft && !op.is_break()));
+            prop_assert!(model.applied.iter().all(|op| op.layer() != layer && !op.is_break()));
+            if matches!(layer, Layer::Maps | Layer::Programs) {
+                let lets_in = |op: &Op| matches!(op, Op::SetPeer { .. } | Op::SetLink { .. });
+                prop_assert!(!model.applied.iter().any(lets_in));
+            }
         }
     }
 }

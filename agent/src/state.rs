@@ -9,20 +9,22 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
 use ipnetwork::IpNetwork;
 
 use crate::{
-    keys::{PskId, PublicKey},
-    names::{Device, Table},
+    keys::{HopId, PskId, PublicKey},
+    names::{Device, HOP, Interface, MemberId, Ordinal, Table},
 };
 
 /// Everything of ours on one node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
-    pub links: BTreeMap<Device, Link>,
+    pub links: BTreeMap<Interface, Link>,
+    /// What `carrick-hop` is, beside a link; `None`: it does not exist, or is something else.
+    pub hop: Option<Hop>,
     pub wireguard: BTreeMap<Device, WireGuard>,
     pub peers: BTreeMap<(Device, PublicKey), Peer>,
     /// WireGuard's cryptokey routing table, per device. A map, because a prefix belongs to one peer of a device.
@@ -32,6 +34,157 @@ pub struct State {
     pub rules: BTreeSet<Rule>,
     /// The table `inet carrick`; `None`: it does not exist.
     pub nft: Option<Nft>,
+    /// Overlay addresses, /128 on `lo`, marked by their address protocol.
+    pub overlay: BTreeSet<Ipv6Addr>,
+    /// What the BPF programs look up; `None`: our maps are not pinned.
+    pub maps: Option<Maps>,
+    /// Where our programs, of this build and with the pinned maps, are attached and come first. Without maps, nowhere.
+    pub programs: BTreeSet<Attachment>,
+}
+
+/// A VXLAN device in external mode: the BPF programs say where each packet goes. NOARP, learning off.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hop {
+    /// UDP port of the other nodes' devices.
+    pub port: u16,
+    /// UDP source ports, first and last: few, so that one rule can name them.
+    pub sources: (u16, u16),
+}
+
+/// The contents of the BPF maps that a plan fills. (The health maps are the prober's.)
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Maps {
+    pub config: Option<Config>,
+    /// Remote prefixes, and the overlay prefix of every member.
+    pub remote: BTreeMap<IpNetwork, Remote>,
+    /// What this member advertises, and to whom.
+    pub own: BTreeMap<IpNetwork, BTreeSet<MemberId>>,
+    /// Where this cluster's own addresses live.
+    pub homes: BTreeMap<IpNetwork, Home>,
+    /// Every hop address of every other node.
+    pub nodes: BTreeMap<IpAddr, Node>,
+}
+
+/// What the programs must know of this node. Indexes and MACs of links are filled in where it is applied, and a reading
+/// in which they are wrong has no `Config`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub member: MemberId,
+    /// `None` on a worker.
+    pub slot: Option<Ordinal>,
+    /// This node's overlay address.
+    pub overlay: Ipv6Addr,
+    /// This node's hop addresses, at most one of each family.
+    pub hop: BTreeSet<IpAddr>,
+    /// The hop addresses of this cluster's other slots, at most one of each family.
+    pub gateways: BTreeMap<Ordinal, BTreeSet<IpAddr>>,
+    /// The WireGuard devices that the programs may redirect to.
+    pub wireguard: BTreeSet<Device>,
+    /// The hop secrets in use, at most two; the first sends. The bytes meet them where it is applied.
+    pub secrets: Vec<HopId>,
+    /// Bytes of an inner packet towards a member whose path MTU is not known.
+    pub mtu: u16,
+    /// Bytes of an inner packet on the hop.
+    pub hop_mtu: u16,
+    pub wireguard_port: u16,
+    pub hop_port: u16,
+    pub probe_port: u16,
+}
+
+/// What a remote prefix is to the programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Remote {
+    Range(MemberId),
+    /// A member's overlay /64; the own one, too.
+    Overlay(MemberId),
+    /// An endpoint inside a range: not to be steered.
+    Carved(MemberId),
+    /// Read, never wanted: what makes no sense to the programs.
+    Other,
+}
+
+/// Where one of this cluster's own prefixes lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Home {
+    Here,
+    /// A node, by its first hop address.
+    Node(IpAddr),
+}
+
+/// Another node of this cluster, as the programs know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Node {
+    /// `None`: a worker.
+    pub slot: Option<Ordinal>,
+    /// Its first hop address, by which [`Home::Node`] names it.
+    pub home: IpAddr,
+}
+
+/// One of our programs at the hook that belongs to it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Attachment {
+    pub program: Program,
+    /// Name of the link; a foreign one for [`Program::SteerNative`] alone.
+    pub link: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Program {
+    /// Egress of `carrick-hop`.
+    Steer,
+    /// Egress of a native device, before every other program.
+    SteerNative,
+    /// Ingress of `carrick-hop`.
+    FromHop,
+    /// Egress of a WireGuard device.
+    ToPeer,
+    /// Ingress of a WireGuard device.
+    FromPeer,
+}
+
+impl Program {
+    pub const ALL: [Program; 5] =
+        [Program::Steer, Program::SteerNative, Program::FromHop, Program::ToPeer, Program::FromPeer];
+
+    /// Its name in the object.
+    pub fn name(self) -> &'static str {
+        match self {
+            Program::Steer => "steer",
+            Program::SteerNative => "steer_native",
+            Program::FromHop => "from_hop",
+            Program::ToPeer => "to_peer",
+            Program::FromPeer => "from_peer",
+        }
+    }
+
+    pub fn is_ingress(self) -> bool {
+        matches!(self, Program::FromHop | Program::FromPeer)
+    }
+
+    /// Whether it must come before every other program at its hook.
+    pub fn must_be_first(self) -> bool {
+        self == Program::SteerNative
+    }
+}
+
+/// One entry of a map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Entry {
+    Config(Config),
+    Remote(IpNetwork, Remote),
+    Own(IpNetwork, BTreeSet<MemberId>),
+    Home(IpNetwork, Home),
+    Node(IpAddr, Node),
+}
+
+/// The key of an [`Entry`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    Config,
+    Remote(IpNetwork),
+    Own(IpNetwork),
+    Home(IpNetwork),
+    Node(IpAddr),
 }
 
 /// What the kernel says of one of our links. None ever carries an address (`addrgenmode none`): CNIs adopt addressed
@@ -77,8 +230,12 @@ pub struct Peer {
 /// Where a destination in one of our tables goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Route {
-    /// Out of the device, with a source hint for the node's own packets.
-    Dev { device: Device, source: Option<IpAddr> },
+    /// Out of `carrick-hop`, whose programs find the gateway; with a source hint for the node's own packets.
+    Hop {
+        /// Bytes, at least 1280; `None`: the link's.
+        mtu: Option<u32>,
+        source: Option<IpAddr>,
+    },
     /// On to the next rule: not ours to route.
     Throw,
     /// Refused with ICMP: nothing leaves in the clear.
@@ -125,8 +282,15 @@ impl Rule {
 pub struct Nft {
     /// (source, destination): such packets keep their source, ahead of the CNI's masquerade. Both directions.
     pub keep_source: BTreeSet<(IpNetwork, IpNetwork)>,
-    /// What may come out of a tunnel, (remote source, own destination): what was offered to that member.
-    pub admit: BTreeSet<(IpNetwork, IpNetwork)>,
+    /// Hop addresses of this cluster's other nodes. Towards them and from them, the hop's own UDP is not tracked; and
+    /// nothing that this node forwards may go to their hop port, or a pod could forge hop packets.
+    pub nodes: BTreeSet<IpAddr>,
+    /// UDP port of the hop; 0 where there is none.
+    pub hop_port: u16,
+    /// First and last source port of the hop.
+    pub hop_sources: (u16, u16),
+    /// Names of the native devices: what comes in by any other is forwarded or a pod's, and none of the hop's.
+    pub native: BTreeSet<String>,
 }
 
 /// One step from the state that is to the state that is wanted. `Display` is what an operator would type.
@@ -137,8 +301,16 @@ pub enum Op {
         device: Device,
         wireguard: WireGuard,
     },
+    /// Creates `carrick-hop`, down, or replaces what has its name and is something else.
+    SetHop(Hop),
+    /// Loads the programs' maps and pins them.
+    LoadMaps,
+    SetEntry(Entry),
+    /// Attaches a program, or replaces one of another build in one step.
+    Attach(Attachment),
+    AddOverlay(Ipv6Addr),
     SetLink {
-        device: Device,
+        interface: Interface,
         link: Link,
     },
     /// Creates or updates a peer and moves `gained` to it from whoever holds them.
@@ -174,9 +346,27 @@ pub enum Op {
         device: Device,
         key: PublicKey,
     },
-    DelDevice {
-        device: Device,
-    },
+    DelEntry(Key),
+    /// Offers an own prefix to fewer members.
+    NarrowOwn(IpNetwork, BTreeSet<MemberId>),
+    DelOverlay(Ipv6Addr),
+    Detach(Attachment),
+    /// With every program attached to it.
+    DelLink(Interface),
+    /// Unpins everything.
+    UnloadMaps,
+}
+
+impl Entry {
+    pub fn key(&self) -> Key {
+        match self {
+            Entry::Config(_) => Key::Config,
+            Entry::Remote(prefix, _) => Key::Remote(*prefix),
+            Entry::Own(prefix, _) => Key::Own(*prefix),
+            Entry::Home(prefix, _) => Key::Home(*prefix),
+            Entry::Node(address, _) => Key::Node(*address),
+        }
+    }
 }
 
 impl Op {
@@ -184,6 +374,11 @@ impl Op {
     pub fn is_break(&self) -> bool {
         match self {
             Op::SetDevice { .. }
+            | Op::SetHop(_)
+            | Op::LoadMaps
+            | Op::SetEntry(_)
+            | Op::Attach(_)
+            | Op::AddOverlay(_)
             | Op::SetLink { .. }
             | Op::SetPeer { .. }
             | Op::GrowNft(_)
@@ -194,7 +389,12 @@ impl Op {
             | Op::ShrinkNft(_)
             | Op::DropAllowedIps { .. }
             | Op::RemovePeer { .. }
-            | Op::DelDevice { .. } => true,
+            | Op::DelEntry(_)
+            | Op::NarrowOwn(..)
+            | Op::DelOverlay(_)
+            | Op::Detach(_)
+            | Op::DelLink(_)
+            | Op::UnloadMaps => true,
         }
     }
 }
@@ -202,8 +402,13 @@ impl Op {
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Route::Dev { device, source: None } => write!(f, "dev {device}"),
-            Route::Dev { device, source: Some(source) } => write!(f, "dev {device} src {source}"),
+            Route::Hop { mtu, source } => {
+                write!(f, "dev {HOP}")?;
+                if let Some(mtu) = mtu {
+                    write!(f, " mtu {mtu}")?;
+                }
+                source.map_or(Ok(()), |source| write!(f, " src {source}"))
+            }
             Route::Throw => f.write_str("throw"),
             Route::Unreachable => f.write_str("unreachable"),
             Route::Other => f.write_str("(somebody else's)"),
@@ -237,7 +442,85 @@ impl fmt::Display for Nft {
         let pairs = |pairs: &BTreeSet<(IpNetwork, IpNetwork)>| {
             pairs.iter().map(|(from, to)| format!("{from} . {to}")).collect::<Vec<_>>().join(", ")
         };
-        write!(f, "keep_source {{ {} }} admit {{ {} }}", pairs(&self.keep_source), pairs(&self.admit))
+        write!(f, "keep_source {{ {} }}", pairs(&self.keep_source))?;
+        if self.hop_port > 0 {
+            write!(f, " hop {} nodes {{ {} }}", self.hop_port, list(&self.nodes))?;
+            write!(f, " native {{ {} }}", list(&self.native))?;
+        }
+        Ok(())
+    }
+}
+
+fn list<T: fmt::Display>(all: impl IntoIterator<Item = T>) -> String {
+    all.into_iter().map(|one| one.to_string()).collect::<Vec<_>>().join(", ")
+}
+
+impl fmt::Display for Remote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Remote::Range(member) => write!(f, "member {member}"),
+            Remote::Overlay(member) => write!(f, "overlay of member {member}"),
+            Remote::Carved(member) => write!(f, "carved out of member {member}"),
+            Remote::Other => f.write_str("(nonsense)"),
+        }
+    }
+}
+
+impl fmt::Display for Home {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Home::Here => f.write_str("here"),
+            Home::Node(address) => write!(f, "on {address}"),
+        }
+    }
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Entry::Config(config) => write!(f, "config {config}"),
+            Entry::Remote(prefix, remote) => write!(f, "remote {prefix} {remote}"),
+            Entry::Own(prefix, members) => write!(f, "own {prefix} offered to {{ {} }}", list(members)),
+            Entry::Home(prefix, home) => write!(f, "home {prefix} {home}"),
+            Entry::Node(address, Node { slot: None, .. }) => write!(f, "node {address} worker"),
+            Entry::Node(address, Node { slot: Some(slot), .. }) => write!(f, "node {address} slot {slot}"),
+        }
+    }
+}
+
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "member {} ", self.member)?;
+        match self.slot {
+            Some(slot) => write!(f, "slot {slot} ")?,
+            None => f.write_str("worker ")?,
+        }
+        write!(f, "overlay {} hop {{ {} }} gateways {{ ", self.overlay, list(&self.hop))?;
+        for (slot, addresses) in &self.gateways {
+            write!(f, "{slot}: {} ", list(addresses))?;
+        }
+        write!(f, "}} devices {{ {} }} secrets {{ {} }} ", list(&self.wireguard), list(&self.secrets))?;
+        write!(f, "mtu {} hop-mtu {} ports {} ", self.mtu, self.hop_mtu, self.wireguard_port)?;
+        write!(f, "{} {}", self.hop_port, self.probe_port)
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Key::Config => f.write_str("config"),
+            Key::Remote(prefix) => write!(f, "remote {prefix}"),
+            Key::Own(prefix) => write!(f, "own {prefix}"),
+            Key::Home(prefix) => write!(f, "home {prefix}"),
+            Key::Node(address) => write!(f, "node {address}"),
+        }
+    }
+}
+
+impl fmt::Display for Attachment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let hook = if self.program.is_ingress() { "ingress" } else { "egress" };
+        write!(f, "{} {hook} program {}", self.link, self.program.name())
     }
 }
 
@@ -252,9 +535,17 @@ impl fmt::Display for Op {
             Op::SetDevice { device, wireguard: WireGuard { key, port } } => {
                 write!(f, "wg set {device} listen-port {port} private-key <of {key}>")
             }
-            Op::SetLink { device, link } => {
+            Op::SetHop(Hop { port, sources: (first, last) }) => {
+                write!(f, "ip link add {HOP} arp off type vxlan external dstport {port} srcport {first} {last} ")?;
+                f.write_str("nolearning udp6zerocsumrx")
+            }
+            Op::LoadMaps => f.write_str("bpf maps load"),
+            Op::SetEntry(entry) => write!(f, "bpf map set {entry}"),
+            Op::Attach(attachment) => write!(f, "bpf attach {attachment}"),
+            Op::AddOverlay(address) => write!(f, "ip address add {address}/128 dev lo preferred_lft 0"),
+            Op::SetLink { interface, link } => {
                 let state = if link.up { "up" } else { "down" };
-                write!(f, "ip link set {device} mtu {} addrgenmode none {state}", link.mtu)
+                write!(f, "ip link set {interface} mtu {} addrgenmode none {state}", link.mtu)
             }
             Op::SetPeer { device, key, peer, gained } => {
                 write!(f, "wg set {device} peer {key}")?;
@@ -273,7 +564,7 @@ impl fmt::Display for Op {
             Op::ShrinkNft(None) => f.write_str("nft delete table inet carrick"),
             Op::AddRule(rule) => write!(f, "ip {} rule add {rule}", rule.family.option()),
             Op::DelRule(rule) => write!(f, "ip {} rule del {rule}", rule.family.option()),
-            Op::SetRoute { table, to, route: route @ Route::Dev { .. } } => {
+            Op::SetRoute { table, to, route: route @ Route::Hop { .. } } => {
                 write!(f, "ip route replace {to} {route} table {table}")
             }
             Op::SetRoute { table, to, route } => write!(f, "ip route replace {route} {to} table {table}"),
@@ -282,7 +573,12 @@ impl fmt::Display for Op {
                 write!(f, "wg set {device} peer {key} allowed-ips {}", delta('-', lost))
             }
             Op::RemovePeer { device, key } => write!(f, "wg set {device} peer {key} remove"),
-            Op::DelDevice { device } => write!(f, "ip link del {device}"),
+            Op::DelEntry(key) => write!(f, "bpf map del {key}"),
+            Op::NarrowOwn(prefix, members) => write!(f, "bpf map set {}", Entry::Own(*prefix, members.clone())),
+            Op::DelOverlay(address) => write!(f, "ip address del {address}/128 dev lo"),
+            Op::Detach(attachment) => write!(f, "bpf detach {attachment}"),
+            Op::DelLink(interface) => write!(f, "ip link del {interface}"),
+            Op::UnloadMaps => f.write_str("bpf maps unload"),
         }
     }
 }

@@ -19,10 +19,17 @@ pub struct Status {
     pub synced: bool,
     /// Everything that is written was read, and this node has all of it in its kernel.
     pub ready: bool,
-    /// There are peers, and every one is connected.
+    /// There are other members, and this node has a way to each of them.
     pub connected: bool,
+    /// The slot that this node holds; `None`: a worker.
+    pub slot: Option<u8>,
+    pub drain: Drain,
+    /// By which gateways each member is reached, as probes have found.
+    pub members: Vec<MemberStatus>,
     pub peers: Vec<PeerStatus>,
     pub routes: Vec<RouteStatus>,
+    pub sent: Vec<SentStatus>,
+    pub drops: Vec<DropStatus>,
     /// Claims that were left out, each with its reason.
     pub rejections: Vec<String>,
     /// Files, keys, names and kernel settings that need somebody.
@@ -31,6 +38,55 @@ pub struct Status {
     pub failures: Vec<String>,
     /// Operations that wait until nothing fails and everything is read.
     pub withheld: usize,
+}
+
+/// Whether this gateway is being drained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Drain {
+    /// A worker: nobody sends through it.
+    #[default]
+    NoGateway,
+    /// It takes its share.
+    Taking,
+    /// Others have been told, and some still send.
+    Draining,
+    /// Nobody has sent for 2 s.
+    Drained,
+    /// After 30 s somebody still sends.
+    OverTime,
+}
+
+/// The ways from this node to one member.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemberStatus {
+    pub member: String,
+    /// Slots of this cluster, on other nodes, that reach it.
+    pub via: Vec<u8>,
+    /// Slots of that member that this gateway reaches itself.
+    pub links: Vec<u8>,
+    /// Bytes of an inner packet that reach its pods.
+    pub mtu: u32,
+}
+
+/// Packets that left by one way, since the maps were made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SentStatus {
+    /// `slot N` over the hop, or a WireGuard device.
+    pub way: String,
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+/// Packets that were dropped for one reason, since the maps were made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DropStatus {
+    /// One of [`ebpf::Reason`].
+    pub reason: String,
+    pub packets: u64,
 }
 
 /// One remote gateway on one device.
@@ -72,7 +128,21 @@ impl Status {
             (true, true) if self.connected => "ready, connected",
             (true, true) => "ready, not connected",
         };
-        line(&mut text, format_args!("{} on {}: {state} ({} WireGuard)", self.cluster, self.node, self.wireguard));
+        let role = self.slot.map_or("worker".to_owned(), |slot| format!("slot {slot}, {} WireGuard", self.wireguard));
+        line(&mut text, format_args!("{} on {}: {state} ({role})", self.cluster, self.node));
+        match self.drain {
+            Drain::NoGateway | Drain::Taking => {}
+            Drain::Draining => text.push_str("draining: others still send through this gateway\n"),
+            Drain::Drained => text.push_str("drained: nobody sends through this gateway\n"),
+            Drain::OverTime => text.push_str("draining: after 30 s others still send through this gateway\n"),
+        }
+        for member in &self.members {
+            let ways = [("link to slot", &member.links), ("via slot", &member.via)].into_iter();
+            let ways = ways.flat_map(|(what, slots)| slots.iter().map(move |slot| format!("{what} {slot}")));
+            let ways = ways.collect::<Vec<_>>().join(", ");
+            let ways = if ways.is_empty() { "no way".to_owned() } else { ways };
+            line(&mut text, format_args!("member {}: {ways} (mtu {})", member.member, member.mtu));
+        }
         line(
             &mut text,
             format_args!(
@@ -93,6 +163,12 @@ impl Status {
         }
         for route in &self.routes {
             line(&mut text, format_args!("route {} to {}", route.cidr, route.member));
+        }
+        for sent in self.sent.iter().filter(|sent| sent.packets > 0) {
+            line(&mut text, format_args!("sent by {}: {} packets, {} bytes", sent.way, sent.packets, sent.bytes));
+        }
+        for drop in &self.drops {
+            line(&mut text, format_args!("dropped {}: {} packets", drop.reason, drop.packets));
         }
         for (what, list) in [("refused", &self.rejections), ("problem", &self.problems), ("failed", &self.failures)] {
             for one in list {

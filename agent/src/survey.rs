@@ -11,15 +11,16 @@ use std::{
 use crate::{
     args,
     dial::{Dialer, Seen, candidates},
-    facts::Facts,
+    facts::{Facts, Ports},
     intent::{self, Host, Intent, Local, Rejection},
     kernel::{
         Secrets,
         facts::{Condition, Node},
     },
-    keyring::{KeyProblem, Keyring, Preshared},
-    keys::{PresharedKey, PublicKey},
-    names::{Device, Ordinal, Table},
+    keyring::{KeyProblem, Keyring, Preshared, Wanted},
+    keys::{HopId, HopMark, HopSecret, PresharedKey, PublicKey},
+    names::{Device, NodeName, Table},
+    overlay::Overlay,
     plan::plan,
     reconcile::Reading,
     resolve::Resolved,
@@ -55,22 +56,30 @@ impl View {
     }
 }
 
-/// What this node holds for its slot, as last read.
+/// This node's name: the one that was given, else the host's, as a kubelet has it. A host whose name no node can have
+/// gets the nearest one that it can.
+pub fn node_name(args: &args::Node) -> NodeName {
+    let host = || nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default();
+    args.node_name.clone().unwrap_or_else(|| NodeName::nearest(&host()))
+}
+
+/// What this node holds for its slot and its cluster, as last read.
 #[derive(Debug, Default)]
 pub struct Keys {
     pub keyring: Keyring,
-    /// The slot's keys and the names of all preshared ones are known.
+    wanted: Wanted,
+    /// The slot's keys, if it has one, and the names of all preshared ones are known.
     complete: bool,
     pub problems: Vec<String>,
 }
 
-/// This node's slot: with a folder and no Node documents a member is one node.
-pub const SLOT: Ordinal = Ordinal::ZERO;
-
 impl Keys {
-    /// Reads the folder again. What can no longer be read keeps its last good keys.
-    pub fn refresh(&mut self, args: &args::Node) {
-        let (mut read, problems) = Keyring::read(&args.keys_dir, SLOT);
+    /// Reads the folder again, as far as this node's part in the cluster needs it. What can no longer be read keeps its last
+    /// good keys.
+    pub fn refresh(&mut self, args: &args::Node, intent: &Intent) {
+        let others = intent.cluster.as_ref().is_some_and(|cluster| cluster.nodes.len() > 1);
+        self.wanted = Wanted { slot: intent.slot_of(&node_name(args)), hop: others };
+        let (mut read, problems) = Keyring::read(&args.keys_dir, self.wanted);
         read.keep(std::mem::take(&mut self.keyring), &problems);
         self.keyring = read;
         self.complete = !problems.iter().any(KeyProblem::blocks);
@@ -80,15 +89,34 @@ impl Keys {
     /// Whether what is known suffices to take something away from these members. A preshared key that cannot be used is
     /// no reason to end a session that was made with it.
     fn suffice(&self, intent: &Intent) -> bool {
-        let unusable = |member| matches!(self.keyring.preshared.get(member), Some(Preshared::Unusable));
+        let unusable = |member| {
+            self.wanted.slot.is_some() && matches!(self.keyring.preshared.get(member), Some(Preshared::Unusable))
+        };
         self.complete && !intent.members.keys().any(unusable)
     }
 
     pub fn secrets(&self) -> Secrets {
         let preshared = self.keyring.preshared.values().filter_map(Preshared::key).map(|psk| (psk.id(), psk.clone()));
-        Secrets { private: self.keyring.private.clone(), preshared: preshared.collect() }
+        Secrets { private: self.keyring.private.clone(), preshared: preshared.collect(), hop: self.hop_marks().iter().map(|mark| (mark.id(), *mark)).collect() }
+    }
+
+    /// What the hop secrets are to packets; the first sends.
+    pub fn hop_marks(&self) -> Vec<HopMark> {
+        self.keyring.hop.iter().map(HopSecret::mark).collect()
+    }
+
+    /// The hop secrets to use. Where none could ever be read, those that are in use stay.
+    fn hop_ids(&self, reading: &Reading) -> Vec<HopId> {
+        if !self.keyring.hop.is_empty() {
+            return self.hop_marks().iter().map(HopMark::id).collect();
+        }
+        let config = reading.state.maps.as_ref().and_then(|maps| maps.config.as_ref());
+        config.filter(|_| self.wanted.hop).map(|config| config.secrets.clone()).unwrap_or_default()
     }
 }
+
+/// UDP source ports of the hop: few, and outside the ephemeral range.
+const HOP_SOURCES: (u16, u16) = (27456, 27471);
 
 /// The state that this node should have, and what was left out of it.
 #[derive(Clone, Debug)]
@@ -111,8 +139,15 @@ pub fn survey(
     args: &args::Node,
     (dialer, now): (&mut Dialer, Duration),
 ) -> Survey {
+    let ports = Ports {
+        wireguard: args.backend.wireguard_port,
+        hop: args.backend.hop_port,
+        hop_sources: HOP_SOURCES,
+        probe: args.backend.probe_port,
+    };
     let mut facts = Facts {
-        slot: SLOT,
+        node: node_name(args),
+        hop_ids: keys.hop_ids(reading),
         slot_keys: keys.keyring.private.keys().copied().collect(),
         psks: keys
             .keyring
@@ -126,7 +161,10 @@ pub fn survey(
         underlay_mtu: node.underlay_mtu,
         ipv6: !node.conditions.contains(&Condition::Ipv6Off),
         addresses: node.addresses.clone(),
-        base_port: args.backend.wireguard_port,
+        native: node.native.iter().map(|(name, native)| (name.clone(), native.mtu)).collect(),
+        mtus: BTreeMap::new(),
+        overlay: Overlay::new(&args.mesh_domain),
+        ports,
     };
     let dial = dialer.decide(now, &candidates(&view.intent, &facts), &seen(reading, SystemTime::now()));
     facts.dial = dial.now;

@@ -1,6 +1,8 @@
 //! The entry points that the agent attaches.
 #![allow(unsafe_code)]
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     bindings::{BPF_F_TUNINFO_IPV6, bpf_tunnel_key},
     helpers,
@@ -24,24 +26,25 @@ struct Run;
 impl Entry for Run {
     #[inline(always)]
     fn key(skb: Skb) -> Option<Key> {
-        // SAFETY: integers, for which zeros are valid.
-        let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
-        // SAFETY: the helper writes the key.
-        let code = unsafe { helpers::bpf_skb_get_tunnel_key(skb.0, &raw mut key, KEY_LEN, 0) };
-        if code == 0 {
-            // SAFETY: of a key of this family it is what the helper wrote.
-            let remote = unsafe { key.__bindgen_anon_1.remote_ipv4 };
-            return Some(Key { vni: key.tunnel_id, remote: [0, 0, V4_MARK, remote.to_be()] });
-        }
-        if code as i32 != OTHER_FAMILY {
-            return None;
+        let mut key = MaybeUninit::<bpf_tunnel_key>::uninit();
+        // SAFETY: the helper writes the whole key, zeros where it fails.
+        let get = |key: &mut MaybeUninit<bpf_tunnel_key>, flags: u32| unsafe {
+            helpers::bpf_skb_get_tunnel_key(skb.0, key.as_mut_ptr(), KEY_LEN, u64::from(flags)) as i32
+        };
+        match get(&mut key, 0) {
+            0 => {}
+            OTHER_FAMILY if get(&mut key, BPF_F_TUNINFO_IPV6) == 0 => {
+                // SAFETY: written, and of this family.
+                let (vni, remote) =
+                    unsafe { (key.assume_init_ref().tunnel_id, key.assume_init_ref().__bindgen_anon_1.remote_ipv6) };
+                return Some(Key { vni, remote });
+            }
+            _ => return None,
         }
         // SAFETY: as above.
-        let code =
-            unsafe { helpers::bpf_skb_get_tunnel_key(skb.0, &raw mut key, KEY_LEN, u64::from(BPF_F_TUNINFO_IPV6)) };
-        // SAFETY: as above.
-        let remote = unsafe { key.__bindgen_anon_1.remote_ipv6 };
-        (code == 0).then_some(Key { vni: key.tunnel_id, remote })
+        let (vni, remote) =
+            unsafe { (key.assume_init_ref().tunnel_id, key.assume_init_ref().__bindgen_anon_1.remote_ipv4) };
+        Some(Key { vni, remote: [0, 0, V4_MARK, remote.to_be()] })
     }
 
     #[inline(always)]

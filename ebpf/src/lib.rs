@@ -321,10 +321,12 @@ pub const fn choose(flow: u32, healthy: u8) -> Option<u8> {
     let mut chosen = NO_SLOT;
     let mut slot = 0;
     while slot < SLOTS {
-        let weight = mix(flow ^ (slot as u32 + 1).wrapping_mul(0x9e37_79b9));
-        if healthy & (1 << slot) != 0 && (chosen == NO_SLOT || weight > best) {
-            best = weight;
-            chosen = slot;
+        if healthy & (1 << slot) != 0 {
+            let weight = mix(flow ^ (slot as u32 + 1).wrapping_mul(0x9e37_79b9));
+            if chosen == NO_SLOT || weight > best {
+                best = weight;
+                chosen = slot;
+            }
         }
         slot += 1;
     }

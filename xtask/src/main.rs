@@ -6,6 +6,8 @@
 #![allow(unreachable_pub)]
 
 mod bench;
+#[path = "../../agent/build/bpf_tools.rs"]
+mod bpf_tools;
 mod demo;
 mod lab;
 mod process;

@@ -11,7 +11,10 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 
-use crate::tools::{self, Tool};
+use crate::{
+    bpf_tools,
+    tools::{self, Tool},
+};
 
 #[cfg(test)]
 mod tests;
@@ -53,6 +56,11 @@ pub enum What {
     /// A Go toolchain, or a Python that can fetch one.
     GoOrVenv,
     Go,
+    /// What the agent's `build.rs` looks for: a compiler and a linker for the BPF programs.
+    BpfCompiler,
+    BpfLinker,
+    /// The library that our own linker is linked to; where there is a linker it is not needed.
+    Llvm,
     Built(&'static Tool),
 }
 
@@ -60,7 +68,7 @@ pub enum What {
 #[derive(Debug)]
 pub struct Need {
     pub what: What,
-    /// The package that brings it: Debian's, Fedora's, Arch's name.
+    /// The package that brings it: Debian's, Fedora's, Arch's name. Several stand with a space between.
     pub packages: Option<[&'static str; 3]>,
     pub purpose: &'static str,
     pub by: &'static [For],
@@ -86,6 +94,19 @@ pub const NEEDS: &[Need] = &[
         purpose: "compiles and links ring, the cryptography",
         by: BUILD,
     },
+    Need {
+        what: What::BpfCompiler,
+        packages: Some(["rustc-web rust-web-src", "rust rust-src", "rust rust-src"]),
+        purpose: "compiles the BPF programs: a rustc with the source of core (rust-src)",
+        by: LAB,
+    },
+    Need {
+        what: What::Llvm,
+        packages: Some(["llvm-22-dev", "llvm22-devel", "llvm"]),
+        purpose: "bpf-linker is linked to it",
+        by: LAB,
+    },
+    Need { what: What::BpfLinker, packages: None, purpose: "links the BPF programs", by: LAB },
     Need {
         what: What::Program("nft"),
         packages: Some(["nftables", "nftables", "nftables"]),
@@ -237,8 +258,10 @@ pub fn plan(command: For, missing: &[&Need], os: &Os) -> Plan {
     // A package can be had by root on Debian 12; the other three cannot be had by a program at all.
     let beyond_us = |need: &&Need| match need.what {
         What::Root | What::Namespaces => true,
-        What::File(_) | What::Program(_) | What::GoOrVenv => need.packages.is_none() || !root || !os.was_tried(),
-        What::Component(..) | What::Go | What::Built(_) => false,
+        What::File(_) | What::Program(_) | What::BpfCompiler | What::Llvm | What::GoOrVenv => {
+            need.packages.is_none() || !root || !os.was_tried()
+        }
+        What::Component(..) | What::Go | What::BpfLinker | What::Built(_) => false,
     };
     if missing.iter().any(beyond_us) {
         return Plan::Refuse(message(command, missing, root, os));
@@ -254,6 +277,7 @@ pub fn plan(command: For, missing: &[&Need], os: &Os) -> Plan {
     }
     actions.extend(missing.iter().filter_map(|need| match need.what {
         What::Go => Some(Action::FetchGo),
+        What::BpfLinker => Some(Action::Build(&tools::BPF_LINKER)),
         What::Built(tool) => Some(Action::Build(tool)),
         _ => None,
     }));
@@ -263,7 +287,7 @@ pub fn plan(command: For, missing: &[&Need], os: &Os) -> Plan {
 /// Each once: a package may bring several programs.
 fn packages(missing: &[&Need], family: usize) -> Vec<&'static str> {
     let mut packages = Vec::new();
-    for package in missing.iter().filter_map(|need| Some(need.packages?[family])) {
+    for package in missing.iter().filter_map(|need| Some(need.packages?[family])).flat_map(str::split_whitespace) {
         if !packages.contains(&package) {
             packages.push(package);
         }
@@ -279,8 +303,11 @@ fn components(missing: &[&Need]) -> Vec<&'static str> {
 fn message(command: For, missing: &[&Need], root: bool, os: &Os) -> String {
     let mut text = String::from("missing on this machine:\n");
     for need in missing {
-        let ours =
-            if matches!(need.what, What::Go | What::Built(_)) { "; xtask gets it itself, into its cache" } else { "" };
+        let ours = if matches!(need.what, What::Go | What::BpfLinker | What::Built(_)) {
+            "; xtask gets it itself, into its cache"
+        } else {
+            ""
+        };
         text += &format!("  {:<28} {}{ours}\n", describe(need.what), need.purpose);
     }
     let mut lines = lines_to_paste(missing, root, os);
@@ -310,6 +337,9 @@ fn describe(what: What) -> String {
         What::Program(name) | What::File(name) => name.to_owned(),
         What::Component(name, _) => format!("rustup component {name}"),
         What::GoOrVenv => "go >= 1.26, or python3 venv".to_owned(),
+        What::BpfCompiler => "rustc with rust-src".to_owned(),
+        What::BpfLinker => tools::BPF_LINKER.name().to_owned(),
+        What::Llvm => "LLVM 22".to_owned(),
         What::Go => "go >= 1.26".to_owned(),
         What::Built(tool) => tool.name().to_owned(),
     }
@@ -400,6 +430,9 @@ fn is_there(what: What) -> bool {
         What::File(path) => Path::new(path).exists(),
         What::GoOrVenv => tools::go().is_some() || succeeds(Command::new("python3").args(["-c", "import ensurepip"])),
         What::Go => tools::go().is_some(),
+        What::BpfCompiler => bpf_tools::compiler().is_ok(),
+        What::BpfLinker => bpf_tools::linker().is_ok(),
+        What::Llvm => bpf_tools::linker().is_ok() || Path::new(tools::LLVM).exists(),
         What::Built(tool) => tool.is_built(),
     }
 }

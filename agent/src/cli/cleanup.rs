@@ -8,7 +8,7 @@ use crate::{
     agent::{check_backend, with_cause},
     args,
     diff::diff,
-    kernel::{self, Linux, Secrets},
+    kernel::{self, Linux, Secrets, bpf::Bpf},
     names::Device,
     reconcile::{Kernel, Layer},
     run_dir::Lock,
@@ -21,7 +21,9 @@ pub(super) async fn run(args: args::Cleanup) -> anyhow::Result<bool> {
     check_backend(&args.backend)?;
     kernel::check_privileges()?;
     let run_dir = &args.backend.run_dir;
-    let mut kernel = Linux::new(Client::new(run_dir), Secrets::default()).context("cannot open netlink sockets")?;
+    let bpf = Bpf::new(&args.backend.bpffs, run_dir).context("the BPF programs in this binary are broken")?;
+    let mut kernel =
+        Linux::new(Client::new(run_dir), Secrets::default(), bpf).context("cannot open netlink sockets")?;
     if args.dry_run {
         operations(&mut kernel).await?.iter().for_each(|operation| println!("{operation}"));
         return Ok(true);
@@ -42,8 +44,9 @@ pub(super) async fn run(args: args::Cleanup) -> anyhow::Result<bool> {
 
 async fn operations(kernel: &mut Linux<Client>) -> anyhow::Result<Vec<Op>> {
     let reading = kernel.read().await;
-    // Without a tunnel there are no sessions to end; its links are read over netlink.
-    if let Some(error) = reading.failed.iter().find(|error| error.layer != Layer::WireGuard) {
+    // Without a tunnel there are no sessions to end; its links are read over netlink. Of BPF, everything is swept.
+    let needed = |layer: Layer| !matches!(layer, Layer::WireGuard | Layer::Maps | Layer::Programs);
+    if let Some(error) = reading.failed.iter().find(|error| needed(error.layer)) {
         bail!("{}: nothing was removed", with_cause(error));
     }
     Ok(diff(&State::default(), &reading.state))

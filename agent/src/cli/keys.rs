@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::{
     args,
-    keyring::{self, Keyring},
+    keyring::{self, Keyring, Wanted},
 };
 
 #[derive(Serialize)]
@@ -17,7 +17,11 @@ struct Answer {
 
 pub(super) fn run(args: args::Keys) -> anyhow::Result<bool> {
     match args {
-        args::Keys::Gen { slot, add } => {
+        args::Keys::Gen { slot, hop: true, add } => {
+            let make = if add { keyring::add_hop } else { keyring::generate_hop };
+            println!("{}", make(&slot.keys_dir)?);
+        }
+        args::Keys::Gen { slot, hop: false, add } => {
             let key = if add {
                 keyring::add(&slot.keys_dir, slot.ordinal)?
             } else {
@@ -26,7 +30,7 @@ pub(super) fn run(args: args::Keys) -> anyhow::Result<bool> {
             println!("{key}");
         }
         args::Keys::Show { slot, output } => {
-            let (keyring, problems) = Keyring::read(&slot.keys_dir, slot.ordinal);
+            let (keyring, problems) = Keyring::read(&slot.keys_dir, Wanted { slot: Some(slot.ordinal), hop: false });
             if !problems.is_empty() {
                 let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
                 bail!(problems.join("\n"));

@@ -11,7 +11,7 @@ use crate::{
     args,
     dial::Dialer,
     diff::diff,
-    kernel::{Linux, facts},
+    kernel::{Linux, bpf::Bpf, facts},
     reconcile::{Kernel, waits},
     resolve::{Resolved, Resolver},
     source,
@@ -38,12 +38,13 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     let snapshot = source::read_once(&args.node.config_dirs)?;
     let view = View::new(&snapshot, &args.node);
     let mut keys = Keys::default();
-    keys.refresh(&args.node);
+    keys.refresh(&args.node, &view.intent);
     let resolved = resolve(view.endpoint_names()).await;
     let client = Client::new(&args.node.backend.run_dir);
-    let mut kernel = Linux::new(client, keys.secrets()).context("cannot open netlink sockets")?;
+    let bpf = Bpf::new(&args.node.backend.bpffs, &args.node.backend.run_dir)?;
+    let mut kernel = Linux::new(client, keys.secrets(), bpf).context("cannot open netlink sockets")?;
     let reader = facts::Reader::new().context("cannot open netlink sockets")?;
-    let node = reader.read().await.context("cannot read this node's links and addresses")?;
+    let node = reader.read(&BTreeSet::new()).await.context("cannot read this node's links and addresses")?;
     let reading = kernel.read().await;
     let clock = (&mut Dialer::default(), Duration::ZERO);
     let survey = survey(&view, &keys, &node, &resolved, &reading, &args.node, clock);

@@ -1,14 +1,24 @@
 //! `carrick status`.
 
+use std::path::Path;
+
 use anyhow::Context;
 
-use crate::{args, status_socket};
+use crate::{
+    args,
+    status::Status,
+    status_socket::{self, Request},
+};
 
 pub(super) async fn run(args: args::Status) -> anyhow::Result<bool> {
-    let path = status_socket::path(&args.run_dir);
-    let status = status_socket::fetch(&path)
-        .await
-        .with_context(|| format!("no agent answers on {}: is `carrick agent` running on this node?", path.display()))?;
+    let status = ask(&args.run_dir, Request::Status).await?;
     super::print(args.output.output, &status, || status.table())?;
     Ok(status.ready)
+}
+
+/// Asks this node's agent.
+pub(super) async fn ask(run_dir: &Path, request: Request) -> anyhow::Result<Status> {
+    let path = status_socket::path(run_dir);
+    let no_answer = || format!("no agent answers on {}: is `carrick agent` running on this node?", path.display());
+    status_socket::ask(&path, request).await.with_context(no_answer)
 }

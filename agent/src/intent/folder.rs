@@ -13,12 +13,13 @@ use crate::{
     api::{AdvertisedRoute, GatewaySpec, MeshCluster, Objects, RouteAdvertisement, limits},
     keys::{BadKey, PublicKey},
     names::{MemberId, MemberName, Ordinal},
+    overlay::Overlay,
 };
 
 /// Everything that is accepted; the rest is added to `refused`.
 pub(super) fn read(objects: &Objects, mesh_domain: &str, refused: &mut Refused) -> Mesh {
     let mut members = members(&objects.clusters, mesh_domain, refused);
-    routes(&mut members, &objects.advertisements, refused);
+    routes(&mut members, &objects.advertisements, Overlay::new(mesh_domain).whole(), refused);
     unsupported(objects, refused);
     Mesh { members: members.into_iter().map(|read| (read.name, read.member)).collect() }
 }
@@ -152,11 +153,15 @@ fn gateways(
     gateways
 }
 
-fn ordinal(gateway: &GatewaySpec, taken: &BTreeMap<Ordinal, Gateway>) -> Result<Ordinal, Refusal> {
-    let ordinal = Ordinal::new(gateway.ordinal).ok_or_else(|| {
-        let message = format!("{} is no slot: give an ordinal from 0 to {}", gateway.ordinal, ebpf::SLOTS - 1);
+pub(super) fn slot(ordinal: i64) -> Result<Ordinal, Refusal> {
+    Ordinal::new(ordinal).ok_or_else(|| {
+        let message = format!("{ordinal} is no slot: give an ordinal from 0 to {}", ebpf::SLOTS - 1);
         refusal(Reason::InvalidOrdinal, message)
-    })?;
+    })
+}
+
+fn ordinal(gateway: &GatewaySpec, taken: &BTreeMap<Ordinal, Gateway>) -> Result<Ordinal, Refusal> {
+    let ordinal = slot(gateway.ordinal)?;
     if taken.contains_key(&ordinal) {
         let message = format!("{ordinal} is the ordinal of an earlier gateway in the list: give this one its own");
         return Err(refusal(Reason::DuplicateOrdinal, message));
@@ -166,14 +171,7 @@ fn ordinal(gateway: &GatewaySpec, taken: &BTreeMap<Ordinal, Gateway>) -> Result<
 
 /// A message never holds the text: somebody may have put the private key there.
 fn key(gateway: &GatewaySpec, keys: &Keys) -> Result<PublicKey, Refusal> {
-    let key: PublicKey = gateway.public_key.parse().map_err(|why| {
-        let reason = match why {
-            BadKey::NotBase64 | BadKey::Length(_) => Reason::InvalidKey,
-            BadKey::Zero => Reason::ZeroKey,
-            BadKey::LowOrder => Reason::LowOrderKey,
-        };
-        refusal(reason, format!("the key {why}: copy what `carrick keys show` prints"))
-    })?;
+    let key: PublicKey = gateway.public_key.parse().map_err(bad_key)?;
     match keys.get(&key) {
         None => Ok(key),
         Some((member, ordinal)) => {
@@ -183,8 +181,17 @@ fn key(gateway: &GatewaySpec, keys: &Keys) -> Result<PublicKey, Refusal> {
     }
 }
 
+pub(super) fn bad_key(why: BadKey) -> Refusal {
+    let reason = match why {
+        BadKey::NotBase64 | BadKey::Length(_) => Reason::InvalidKey,
+        BadKey::Zero => Reason::ZeroKey,
+        BadKey::LowOrder => Reason::LowOrderKey,
+    };
+    refusal(reason, format!("the key {why}: copy what `carrick keys show` prints"))
+}
+
 /// Decides the claims of each member in turn. Those of one member may overlap, so they are added all at once.
-fn routes(members: &mut [Read], advertisements: &[RouteAdvertisement], refused: &mut Refused) {
+fn routes(members: &mut [Read], advertisements: &[RouteAdvertisement], overlay: IpNetwork, refused: &mut Refused) {
     let names: BTreeSet<MemberName> = members.iter().map(|read| read.name.clone()).collect();
     let mut by_member: BTreeMap<MemberName, Vec<&RouteAdvertisement>> = BTreeMap::new();
     for advertisement in advertisements {
@@ -196,7 +203,7 @@ fn routes(members: &mut [Read], advertisements: &[RouteAdvertisement], refused: 
     let mut held: Ranges<(MemberId, MemberName)> = Ranges::default();
     for read in members {
         for advertisement in by_member.remove(&read.name).unwrap_or_default() {
-            advertised(read, advertisement, &names, &held, refused);
+            advertised(read, advertisement, &names, (&held, overlay), refused);
         }
         for range in read.member.routes.keys() {
             held.insert(*range, (read.member.id, read.name.clone()));
@@ -219,7 +226,7 @@ fn advertised(
     read: &mut Read,
     advertisement: &RouteAdvertisement,
     names: &BTreeSet<MemberName>,
-    held: &Ranges<(MemberId, MemberName)>,
+    (held, overlay): (&Ranges<(MemberId, MemberName)>, IpNetwork),
     refused: &mut Refused,
 ) {
     let at = advertisement_at(advertisement);
@@ -227,7 +234,7 @@ fn advertised(
     let mut seen = BTreeSet::new();
     let list = refused.first(at, "spec.routes", &advertisement.spec.routes, limits::ROUTES);
     for (i, route) in list.iter().enumerate() {
-        let claimed = supported(route).and_then(|range| match claim(range, read, held) {
+        let claimed = supported(route).and_then(|range| match claim(range, read, held, overlay) {
             Ok(()) if !seen.insert(range) => {
                 let message = format!("{range} is there twice: remove this one");
                 Err(("cidr", refusal(Reason::DuplicateRoute, message)))
@@ -288,8 +295,17 @@ pub(super) fn supported(route: &AdvertisedRoute) -> Result<IpNetwork, (&'static 
 }
 
 /// Whether the member may have the range.
-fn claim(range: IpNetwork, read: &Read, held: &Ranges<(MemberId, MemberName)>) -> Result<(), Refusal> {
+fn claim(
+    range: IpNetwork,
+    read: &Read,
+    held: &Ranges<(MemberId, MemberName)>,
+    overlay: IpNetwork,
+) -> Result<(), Refusal> {
     let Read { name, member, allowed } = read;
+    if covers(overlay, range) || covers(range, overlay) {
+        let message = format!("{range} overlaps {overlay}, the mesh's own overlay addresses: use another range");
+        return Err(refusal(Reason::OverlayRange, message));
+    }
     if !allowed.iter().any(|allowed| covers(*allowed, range)) {
         let message = format!("{range} lies in none of the allowedCIDRs of MeshCluster {name}: have it added there");
         return Err(refusal(Reason::OutsideAllowed, message));
@@ -313,11 +329,6 @@ fn unsupported(objects: &Objects, refused: &mut Refused) {
         let at = Place { kind: Kind::EgressPolicy, name: policy.metadata.name.as_deref().unwrap_or_default() };
         let message = "egress policies are not enforced yet, pods reach everything that is offered: remove it, or \
                        limit the offers by `to` of the RouteAdvertisements";
-        refused.add(at, "spec", refusal(Reason::NotYetSupported, message));
-    }
-    for gateway in &objects.gateways {
-        let at = Place { kind: Kind::MeshGateway, name: gateway.metadata.name.as_deref().unwrap_or_default() };
-        let message = "members of several nodes are not built yet, this node is its member's only one: remove it";
         refused.add(at, "spec", refusal(Reason::NotYetSupported, message));
     }
 }

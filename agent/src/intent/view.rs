@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnetwork::IpNetwork;
 
 use super::{
-    Intent, Local, Member, Mesh, Reason, Refusal, Refused,
+    Cluster, Intent, Local, Member, Mesh, Reason, Refusal, Refused, cluster,
     folder::{advertisement_at, cluster_at, supported},
     prefix::{self, Ranges},
     refusal,
@@ -19,13 +19,15 @@ use crate::{
 pub(super) fn take(mesh: &Mesh, objects: &Objects, local: &Local, refused: &mut Refused) -> Intent {
     let me = &local.cluster;
     let mut members = offered(mesh, me);
-    for (name, range) in colliding_ranges(&members, objects, local, refused) {
+    let cluster = cluster::read(objects, members.get(me), refused);
+    let own = own_ranges(objects, local, cluster.as_ref());
+    for (name, range) in colliding_ranges(&members, objects, local, &own, refused) {
         members.get_mut(&name).and_then(|member| member.routes.remove(&range));
     }
     for (name, ordinal) in stolen_keys(&members, objects, me, refused) {
         members.get_mut(&name).and_then(|member| member.gateways.remove(&ordinal));
     }
-    Intent { me: me.clone(), members }
+    Intent { me: me.clone(), members, cluster }
 }
 
 /// The members, the others without the routes that they do not offer to `me`.
@@ -41,7 +43,7 @@ fn offered(mesh: &Mesh, me: &MemberName) -> BTreeMap<MemberName, Member> {
 
 /// What this cluster uses itself, and how it is known. A range that it advertises and cannot offer (another holds it, it
 /// is a Service's) counts; one outside its own allowedCIDRs is a mistake, and must cost nobody else a route.
-fn own_ranges(objects: &Objects, local: &Local) -> Ranges<String> {
+fn own_ranges(objects: &Objects, local: &Local, cluster: Option<&Cluster>) -> Ranges<String> {
     let mine = objects.clusters.iter().find(|cluster| cluster_at(cluster).name == local.cluster.as_str());
     let allowed = mine.map(|cluster| allowed(cluster).collect::<Vec<_>>());
     // Before it is a member nothing bounds it.
@@ -55,6 +57,10 @@ fn own_ranges(objects: &Objects, local: &Local) -> Ranges<String> {
         own.extend(ranges.map(|range| (range, known.clone())));
     }
     own.extend(local.cidrs.iter().map(|range| (*range, "--local-cidr".to_owned())));
+    for (name, node) in cluster.iter().flat_map(|cluster| &cluster.nodes) {
+        let addresses = node.hop.iter().map(|address| IpNetwork::from(*address));
+        own.extend(node.pods.iter().copied().chain(addresses).map(|range| (range, format!("Node {name}"))));
+    }
     let mut ranges = Ranges::default();
     for (range, known) in own {
         ranges.insert(range, known);
@@ -75,9 +81,9 @@ fn colliding_ranges(
     members: &BTreeMap<MemberName, Member>,
     objects: &Objects,
     local: &Local,
+    own: &Ranges<String>,
     refused: &mut Refused,
 ) -> BTreeSet<(MemberName, IpNetwork)> {
-    let own = own_ranges(objects, local);
     let me = local.cluster.as_str();
     let mut colliding = BTreeSet::new();
     for advertisement in &objects.advertisements {
@@ -93,7 +99,7 @@ fn colliding_ranges(
         }
         for (i, route) in spec.routes.iter().take(limits::ROUTES).enumerate() {
             let Some(range) = supported(route).ok().filter(|range| member.routes.contains_key(range)) else { continue };
-            if let Err(refusal) = collision(range, &own, local) {
+            if let Err(refusal) = collision(range, own, local) {
                 refused.add(advertisement_at(advertisement), format!("spec.routes[{i}].cidr"), refusal);
                 colliding.insert((name.clone(), range));
             }

@@ -253,7 +253,7 @@ mod tests {
                 (net("10.42.0.0/24"), net("10.45.0.0/24")),
                 (net("fd42::/48"), net("fd44::/48")),
             ]);
-            crate::kernel::nft::write(Some(&Nft { keep_source: keep_source.clone(), admit: BTreeSet::new() })).unwrap();
+            crate::kernel::nft::write(Some(&Nft { keep_source: keep_source.clone(), ..Nft::default() })).unwrap();
             let forgotten = forget_masqueraded(&keep_source).unwrap();
             let after = entries();
             assert_eq!(forget_masqueraded(&keep_source).unwrap(), 0);

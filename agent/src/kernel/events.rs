@@ -2,6 +2,9 @@
 //!
 //! An event says only that there is reason to look; what is the case is then read. So an overrun of the socket, which
 //! loses events, is itself an event and never an error.
+//!
+//! Not everything is told: a clsact filter that goes is, a tcx program that goes is not (only asking, `BPF_PROG_QUERY`,
+//! tells), nor is a write to a pinned map or to bpffs.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,16 +20,17 @@ use netlink_sys::{
 };
 use rtnetlink::MulticastGroup;
 
-use super::{link, nft, route, rtnl::is, rule};
+use super::{address, link, nft, route, rtnl::is, rule};
 use crate::{
-    names::{Device, Table},
+    names::{Interface, Table},
     state::{Family, Rule},
 };
 
 /// Why to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Event {
-    /// A link, route, rule or the nft table of ours changed: by us, or by somebody else.
+    /// A link, route, rule, overlay address or the nft table of ours changed, or a filter on a link that carries our
+    /// programs: by us, or by somebody else.
     Ours,
     /// An address, an MTU, a default route or the forwarding of the node changed.
     Facts,
@@ -35,6 +39,10 @@ pub enum Event {
 }
 
 // include/uapi/linux/rtnetlink.h, netconf.h, netfilter/nf_tables.h
+const RTM_NEWQDISC: u16 = 36;
+const RTM_DELQDISC: u16 = 37;
+const RTM_NEWTFILTER: u16 = 44;
+const RTM_DELTFILTER: u16 = 45;
 const RTM_NEWNETCONF: u16 = 80;
 const RTM_DELNETCONF: u16 = 81;
 const NETCONFA_IFINDEX: u16 = 1;
@@ -45,8 +53,12 @@ const NFTA_TABLE: u16 = 1;
 const SMALL_HEADER: usize = 4;
 const NLMSG_HEADER: usize = 16;
 
-const GROUPS: [MulticastGroup; 9] = [
+/// In `struct tcmsg`, where the index of the link is.
+const TC_IFINDEX: usize = 4;
+
+const GROUPS: [MulticastGroup; 10] = [
     MulticastGroup::Link,
+    MulticastGroup::Tc,
     MulticastGroup::Ipv4Ifaddr,
     MulticastGroup::Ipv4Route,
     MulticastGroup::Ipv4Rule,
@@ -79,11 +91,15 @@ impl std::fmt::Debug for Watch {
 
 /// What was last heard of each link: tells an MTU that changed from a link that is merely mentioned.
 #[derive(Debug, Default)]
-struct Links(BTreeMap<u32, Heard>);
+struct Links {
+    heard: BTreeMap<u32, Heard>,
+    /// Names of foreign links that carry programs of ours.
+    native: BTreeSet<String>,
+}
 
 #[derive(Debug, PartialEq)]
 struct Heard {
-    device: Option<Device>,
+    name: Option<String>,
     mtu: Option<u32>,
 }
 
@@ -101,6 +117,11 @@ impl Watch {
             links: Links::default(),
             pending: BTreeSet::new(),
         })
+    }
+
+    /// Names the foreign links on which filters concern us.
+    pub fn set_native(&mut self, native: BTreeSet<String>) {
+        self.links.native = native;
     }
 
     /// Waits for the next event. Dropping the future loses nothing.
@@ -156,6 +177,10 @@ fn rtnetlink_events(datagram: &[u8], links: &mut Links, events: &mut BTreeSet<Ev
             events.extend(netconf_event(payload, links));
             continue;
         }
+        if matches!(kind, RTM_NEWQDISC | RTM_DELQDISC | RTM_NEWTFILTER | RTM_DELTFILTER) {
+            events.extend(filter_event(payload, links));
+            continue;
+        }
         match NetlinkMessage::<RouteNetlinkMessage>::deserialize(whole).map(|message| message.payload) {
             Ok(NetlinkPayload::InnerMessage(message)) => events.extend(rtnetlink_event(message, links)),
             Ok(_) => {}
@@ -170,7 +195,8 @@ fn rtnetlink_event(message: RouteNetlinkMessage, links: &mut Links) -> Option<Ev
         RouteNetlinkMessage::NewLink(link) => links.heard(&link),
         RouteNetlinkMessage::DelLink(link) => links.gone(&link),
         RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
-            Some(if links.ours(address.header.index) { Event::Ours } else { Event::Facts })
+            let ours = address::is_marked(&address) || links.ours(address.header.index);
+            Some(if ours { Event::Ours } else { Event::Facts })
         }
         RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => route_event(&route),
         RouteNetlinkMessage::NewRule(rule) | RouteNetlinkMessage::DelRule(rule) => rule_event(&rule),
@@ -206,6 +232,12 @@ fn netconf_event(payload: &[u8], links: &Links) -> Option<Event> {
     }
 }
 
+/// A queueing discipline or a filter of a link changed.
+fn filter_event(payload: &[u8], links: &Links) -> Option<Event> {
+    let index = i32::from_ne_bytes(*payload.get(TC_IFINDEX..)?.first_chunk()?);
+    links.carries_programs(u32::try_from(index).ok()?).then_some(Event::Ours)
+}
+
 fn nftables_events(datagram: &[u8], events: &mut BTreeSet<Event>) {
     let ours = messages(datagram).any(|(kind, payload, _)| {
         let event = kind >> 8 == libc::NFNL_SUBSYS_NFTABLES as u16 && kind & 0xff != libc::NFT_MSG_NEWGEN as u16;
@@ -230,29 +262,40 @@ fn nla(attributes: &[u8], kind: u16) -> Option<&[u8]> {
 
 impl Links {
     fn heard(&mut self, message: &LinkMessage) -> Option<Event> {
-        let device = link::name(message).and_then(Device::from_link);
-        let heard = Heard { device, mtu: link::mtu(message) };
-        let changed = self.0.get(&message.header.index) != Some(&heard);
-        self.0.insert(message.header.index, heard);
-        if device.is_some() { Some(Event::Ours) } else { changed.then_some(Event::Facts) }
+        let heard = Heard { name: link::name(message).map(str::to_owned), mtu: link::mtu(message) };
+        let ours = heard.name.as_deref().is_some_and(is_ours);
+        let before = self.heard.insert(message.header.index, heard);
+        let changed = before.as_ref() != self.heard.get(&message.header.index);
+        if ours { Some(Event::Ours) } else { changed.then_some(Event::Facts) }
     }
 
     fn gone(&mut self, message: &LinkMessage) -> Option<Event> {
-        self.0.remove(&message.header.index);
-        let ours = link::name(message).and_then(Device::from_link).is_some();
-        Some(if ours { Event::Ours } else { Event::Facts })
+        self.heard.remove(&message.header.index);
+        Some(if link::name(message).is_some_and(is_ours) { Event::Ours } else { Event::Facts })
+    }
+
+    fn ours(&self, index: u32) -> bool {
+        self.is(index, is_ours)
+    }
+
+    fn carries_programs(&self, index: u32) -> bool {
+        self.is(index, |name| is_ours(name) || self.native.contains(name))
     }
 
     /// A link that has not been heard of since the start is asked for.
-    fn ours(&self, index: u32) -> bool {
-        match self.0.get(&index) {
-            Some(heard) => heard.device.is_some(),
+    fn is(&self, index: u32, which: impl Fn(&str) -> bool) -> bool {
+        match self.heard.get(&index) {
+            Some(heard) => heard.name.as_deref().is_some_and(which),
             None => {
                 let name = nix::net::if_::if_indextoname(index).ok();
-                name.as_ref().and_then(|name| name.to_str().ok()).and_then(Device::from_link).is_some()
+                name.as_ref().and_then(|name| name.to_str().ok()).is_some_and(which)
             }
         }
     }
+}
+
+fn is_ours(name: &str) -> bool {
+    Interface::from_link(name).is_some()
 }
 
 #[cfg(test)]
@@ -274,9 +317,13 @@ mod tests {
         in_netns(|| async {
             sh("ip link add eth0 type veth peer name peer; ip link set peer up; ip link set eth0 addrgenmode none up
                 ip addr add 192.168.7.2/24 dev eth0; ip tuntap add carrick-wg0 mode tun
-                ip link set carrick-wg0 addrgenmode none up");
+                ip link set carrick-wg0 addrgenmode none up
+                ip link add carrick-hop type vxlan external; ip link set carrick-hop addrgenmode none up");
+            let rtnl = super::super::rtnl::Rtnl::new().unwrap();
+            address::add(&rtnl, "fd42::1".parse().unwrap()).await.unwrap();
             sh(prepare);
             let mut watch = Watch::new().unwrap();
+            watch.set_native(["eth0".to_owned()].into());
             // What was so before the watch began is heard of once.
             sh("ip link set eth0 alias known; ip link set peer alias known; ip link set lo alias known");
             heard(&mut watch).await;
@@ -304,6 +351,18 @@ mod tests {
         check("", "ip link set eth0 mtu 1400", &[Facts]);
         check("", "ip link set eth0 txqueuelen 77", &[]);
         check("", "ip link set carrick-wg0 mtu 1400", &[Ours]);
+        check("", "ip link set carrick-hop down", &[Ours]);
+        check("", "ip link del carrick-hop", &[Ours]);
+        check("", "ip addr del fd42::1/128 dev lo", &[Ours]);
+        check("", "ip addr add fd42::2/128 dev lo nodad", &[Facts]);
+        let clsact = "for link in carrick-hop eth0 peer; do tc qdisc add dev $link clsact; done";
+        let filter = |link: &str| format!("tc filter add dev {link} ingress protocol all u32 match u32 0 0");
+        check("", "tc qdisc add dev carrick-hop clsact", &[Ours]);
+        check(clsact, &filter("carrick-hop"), &[Ours]);
+        check(clsact, &filter("eth0"), &[Ours]);
+        check(clsact, &filter("peer"), &[]);
+        check(&[clsact, &filter("eth0")].join(";"), "tc filter del dev eth0 ingress", &[Ours]);
+        check(clsact, "tc qdisc del dev eth0 clsact", &[Ours]);
         check("", "echo 2 > /proc/sys/net/ipv4/conf/carrick-wg0/rp_filter", &[Ours]);
         check("", "echo 2 > /proc/sys/net/ipv4/conf/eth0/rp_filter", &[]);
         check("", "echo 1 > /proc/sys/net/ipv6/conf/all/forwarding", &[Facts]);

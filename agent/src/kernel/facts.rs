@@ -1,7 +1,7 @@
 //! What the plan wants to know of the node and only its kernel can say. Nothing here writes.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
@@ -9,16 +9,16 @@ use std::{
 use netlink_packet_route::{
     RouteNetlinkMessage,
     address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
-    link::LinkFlags,
+    link::{LinkFlags, LinkLayerType, LinkMessage},
     route::{RouteAttribute, RouteFlags, RouteMessage},
 };
 
 use super::{
-    link,
+    address, link, nft,
     route::address_family,
     rtnl::{Rtnl, is},
 };
-use crate::{names::Device, state::Family};
+use crate::{names::Interface, state::Family};
 
 /// Bytes; what is assumed where no native device is known.
 const DEFAULT_MTU: u32 = 1500;
@@ -26,11 +26,23 @@ const DEFAULT_MTU: u32 = 1500;
 /// The node, as its kernel sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
-    /// Smallest MTU, in bytes, of the native devices; 1500 if none is known.
+    /// By name, the devices by which others are reached: those of the default routes, and those that carry an address by
+    /// which the cluster knows the node. Neither loopback nor our own, nor the CNI's.
+    pub native: BTreeMap<String, Native>,
+    /// Smallest MTU, in bytes, of the native devices; where none is known, of those with an address, or else 1500.
     pub underlay_mtu: u32,
-    /// Usable addresses of the node, on whatever link; none of loopback or link-local scope.
+    /// Usable addresses of the node, on whatever link; none of loopback or link-local scope, none of our own.
     pub addresses: BTreeSet<IpAddr>,
     pub conditions: BTreeSet<Condition>,
+}
+
+/// A device by which this node reaches others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Native {
+    /// Bytes.
+    pub mtu: u32,
+    /// Whether its packets begin with an Ethernet header of 14 bytes; if not, with the IP header.
+    pub ethernet: bool,
 }
 
 /// What somebody else has to change before everything works; for status.
@@ -58,26 +70,26 @@ impl Reader {
         Ok(Reader { rtnl: Rtnl::new()? })
     }
 
-    pub async fn read(&self) -> io::Result<Node> {
-        let addresses = link::addresses(&self.rtnl).await?;
+    /// `internal`: the addresses by which the cluster knows this node (its InternalIPs).
+    pub async fn read(&self, internal: &BTreeSet<IpAddr>) -> io::Result<Node> {
+        let mut addresses = link::addresses(&self.rtnl).await?;
+        addresses.retain(|message| !address::is_marked(message));
+        let on = |wanted: &dyn Fn(IpAddr) -> bool| -> BTreeSet<u32> {
+            let on = addresses.iter().filter(|message| usable(message).is_some_and(wanted));
+            on.map(|message| message.header.index).collect()
+        };
+        let mut indexes = on(&|address| internal.contains(&address));
+        for family in Family::ALL {
+            indexes.extend(self.ways_out(family).await?);
+        }
+        let native = self.devices(indexes).await?;
+        let known = if native.is_empty() { &self.devices(on(&|_| true)).await? } else { &native };
         Ok(Node {
-            underlay_mtu: self.underlay_mtu(&addresses).await?,
+            underlay_mtu: known.values().map(|native| native.mtu).min().unwrap_or(DEFAULT_MTU),
+            native,
             addresses: addresses.iter().filter_map(usable).collect(),
             conditions: conditions(),
         })
-    }
-
-    /// Native devices are those of the default route. A node without one is known by its addresses.
-    async fn underlay_mtu(&self, addresses: &[AddressMessage]) -> io::Result<u32> {
-        let mut smallest = None;
-        for family in Family::ALL {
-            smallest = least(smallest, self.smallest_mtu(self.ways_out(family).await?).await?);
-        }
-        if smallest.is_none() {
-            let addressed = addresses.iter().filter(|a| usable(a).is_some()).map(|a| a.header.index).collect();
-            smallest = self.smallest_mtu(addressed).await?;
-        }
-        Ok(smallest.unwrap_or(DEFAULT_MTU))
     }
 
     /// The devices by which the world is reached: one lookup of an address nobody has (RFC 5737, RFC 3849), since a dump of
@@ -109,27 +121,29 @@ impl Reader {
         Ok(devices)
     }
 
-    /// Of these devices; loopback and our own do not count.
-    async fn smallest_mtu(&self, devices: BTreeSet<u32>) -> io::Result<Option<u32>> {
-        let mut smallest = None;
-        for index in devices {
-            let Some(found) = link::by_index(&self.rtnl, index).await? else { continue };
-            let ours = link::name(&found).and_then(Device::from_link).is_some();
-            if !ours && !found.header.flags.contains(LinkFlags::Loopback) {
-                smallest = least(smallest, link::mtu(&found));
-            }
+    /// Of these indexes; loopback and our own do not count.
+    async fn devices(&self, indexes: BTreeSet<u32>) -> io::Result<BTreeMap<String, Native>> {
+        let mut devices = BTreeMap::new();
+        for index in indexes {
+            devices.extend(link::by_index(&self.rtnl, index).await?.as_ref().and_then(device));
         }
-        Ok(smallest)
+        Ok(devices)
     }
+}
+
+fn device(message: &LinkMessage) -> Option<(String, Native)> {
+    let name = link::name(message)?;
+    let ours = Interface::from_link(name).is_some();
+    if ours || message.header.flags.contains(LinkFlags::Loopback) || !nft::can_say(name) {
+        return None;
+    }
+    let ethernet = message.header.link_layer_type == LinkLayerType::Ether;
+    Some((name.to_owned(), Native { mtu: link::mtu(message)?, ethernet }))
 }
 
 /// What the kernel says where no route leads, or one that refuses; and where a family is off.
 const NO_ROUTE: [i32; 6] =
     [libc::ENETUNREACH, libc::EHOSTUNREACH, libc::EACCES, libc::EINVAL, libc::EOPNOTSUPP, libc::EAFNOSUPPORT];
-
-fn least(a: Option<u32>, b: Option<u32>) -> Option<u32> {
-    a.into_iter().chain(b).min()
-}
 
 /// The address, if packets may be sent from it and others can reach it.
 fn usable(message: &AddressMessage) -> Option<IpAddr> {
@@ -168,15 +182,23 @@ mod tests {
     use super::*;
     use crate::kernel::tests::{in_netns, sh};
 
-    fn check(setup: &str, mtu: u32, addresses: &[&str], conditions: &[Condition]) {
+    /// Of a node whose cluster knows it by 192.168.8.2 and 2001:db8:8::2.
+    fn check(setup: &str, native: &[(&str, u32)], mtu: u32, addresses: &[&str], conditions: &[Condition]) {
         let node = in_netns(|| async {
             sh("ip link add eth0 mtu 1400 type veth peer name p0; ip link add eth1 mtu 1300 type veth peer name p1
                 ip tuntap add carrick-wg0 mode tun; ip link set carrick-wg0 mtu 1280 up
                 for link in p0 p1 eth0 eth1; do ip link set $link addrgenmode none up; done");
+            address::add(&Rtnl::new().unwrap(), "fd63::1".parse().unwrap()).await.unwrap();
             sh(setup);
-            Reader::new().unwrap().read().await.unwrap()
+            let internal = ["192.168.8.2", "2001:db8:8::2"].map(|address| address.parse().unwrap());
+            Reader::new().unwrap().read(&internal.into()).await.unwrap()
+        });
+        let native = native.iter().map(|(name, mtu)| {
+            let ethernet = !name.starts_with("tun");
+            ((*name).to_owned(), Native { mtu: *mtu, ethernet })
         });
         let expected = Node {
+            native: native.collect(),
             underlay_mtu: mtu,
             addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
             conditions: conditions.iter().copied().collect(),
@@ -184,49 +206,79 @@ mod tests {
         assert_eq!(node, expected, "{setup}");
     }
 
+    use Condition::{Ipv4NotForwarding, Ipv6NotForwarding, Ipv6Off};
+    const SILENT: [Condition; 2] = [Ipv4NotForwarding, Ipv6NotForwarding];
+
     #[test]
     fn the_underlay_is_where_the_default_routes_lead_or_where_the_addresses_are() {
-        use Condition::{Ipv4NotForwarding, Ipv6NotForwarding, Ipv6Off};
-        let silent = [Ipv4NotForwarding, Ipv6NotForwarding];
         let v4 = "ip addr add 192.168.7.2/24 dev eth0; ip route add default via 192.168.7.1;";
         let v6 = "ip addr add 2001:db8:7::2/64 dev eth1 nodad; ip route add default via 2001:db8:7::1;";
         let both = ["192.168.7.2", "2001:db8:7::2"];
-        check("", 1500, &[], &silent);
-        check(v4, 1400, &["192.168.7.2"], &silent);
-        check(&[v4, v6].concat(), 1300, &both, &silent);
-        check(&[v4, "ip addr add 10.42.0.1/24 dev eth1"].concat(), 1400, &["10.42.0.1", "192.168.7.2"], &silent);
+        let (eth0, eth1) = (("eth0", 1400), ("eth1", 1300));
+        check("", &[], 1500, &[], &SILENT);
+        check(v4, &[eth0], 1400, &["192.168.7.2"], &SILENT);
+        check(&[v4, v6].concat(), &[eth0, eth1], 1300, &both, &SILENT);
+        // As a CNI's bridge: an address that the cluster does not know the node by.
+        let bridge = "ip addr add 10.42.0.1/24 dev eth1";
+        check(&[v4, bridge].concat(), &[eth0], 1400, &["10.42.0.1", "192.168.7.2"], &SILENT);
+        let other = "ip addr add 192.168.7.2/24 dev eth0; ip addr add 192.168.9.2/24 dev eth1";
+        check(other, &[], 1300, &["192.168.7.2", "192.168.9.2"], &SILENT);
         check(
-            "ip addr add 192.168.7.2/24 dev eth0; ip addr add 192.168.8.2/24 dev eth1",
+            "ip addr add 192.168.7.2/24 dev eth0; ip addr add 192.168.9.2/24 dev eth1
+             ip route add default nexthop via 192.168.7.1 nexthop via 192.168.9.1",
+            &[eth0, eth1],
             1300,
-            &["192.168.7.2", "192.168.8.2"],
-            &silent,
+            &["192.168.7.2", "192.168.9.2"],
+            &SILENT,
         );
-        check(
-            "ip addr add 192.168.7.2/24 dev eth0; ip addr add 192.168.8.2/24 dev eth1
-             ip route add default nexthop via 192.168.7.1 nexthop via 192.168.8.1",
-            1300,
-            &["192.168.7.2", "192.168.8.2"],
-            &silent,
-        );
-        check("ip route add unreachable default", 1500, &[], &silent);
-        check("ip addr add 169.254.1.1/16 dev eth0; ip addr add fe80::5/64 dev eth1 nodad", 1500, &[], &silent);
+        check("ip route add unreachable default", &[], 1500, &[], &SILENT);
+        check("ip addr add 169.254.1.1/16 dev eth0; ip addr add fe80::5/64 dev eth1 nodad", &[], 1500, &[], &SILENT);
         check(
             "ip addr add fd42::1/128 dev lo nodad; ip addr add 10.42.0.1 peer 10.99.0.1 dev eth0",
+            &[],
             1400,
             &["10.42.0.1", "fd42::1"],
-            &silent,
+            &SILENT,
         );
+    }
+
+    #[test]
+    fn native_is_also_what_carries_an_address_that_the_cluster_knows() {
+        let (eth0, eth1) = (("eth0", 1400), ("eth1", 1300));
+        let second = "ip addr add 192.168.8.2/24 dev eth1;";
+        check(second, &[eth1], 1300, &["192.168.8.2"], &SILENT);
         check(
-            "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding",
-            1500,
-            &[],
-            &[],
+            &[second, "ip addr add 192.168.7.2/24 dev eth0; ip route add default via 192.168.7.1"].concat(),
+            &[eth0, eth1],
+            1300,
+            &["192.168.7.2", "192.168.8.2"],
+            &SILENT,
         );
+        check("ip addr add 2001:db8:8::2/64 dev eth0 nodad", &[eth0], 1400, &["2001:db8:8::2"], &SILENT);
         check(
-            "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6",
-            1500,
-            &[],
-            &[Ipv6Off],
+            "ip tuntap add tun0 mode tun; ip link set tun0 addrgenmode none mtu 1350 up
+             ip addr add 192.168.8.2/24 dev tun0",
+            &[("tun0", 1350)],
+            1350,
+            &["192.168.8.2"],
+            &SILENT,
         );
+        check("ip addr add 192.168.8.2/32 dev lo", &[], 1500, &["192.168.8.2"], &SILENT);
+        check(&second.replace("eth1", "carrick-wg0"), &[], 1500, &["192.168.8.2"], &SILENT);
+        // A name that the nft table could not say.
+        check(
+            &["ip link set eth1 name 'e*';", &second.replace("eth1", "'e*'")].concat(),
+            &[],
+            1500,
+            &["192.168.8.2"],
+            &SILENT,
+        );
+    }
+
+    #[test]
+    fn what_others_have_to_change_is_told() {
+        let ipv4 = "echo 1 > /proc/sys/net/ipv4/ip_forward;";
+        check(&[ipv4, "echo 1 > /proc/sys/net/ipv6/conf/all/forwarding"].concat(), &[], 1500, &[], &[]);
+        check(&[ipv4, "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"].concat(), &[], 1500, &[], &[Ipv6Off]);
     }
 }

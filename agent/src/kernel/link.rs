@@ -1,4 +1,4 @@
-//! Our links, as netlink shows them: `carrick-wg0` to `carrick-wg7`, found by name.
+//! Our links, as netlink shows them: `carrick-hop` and `carrick-wg0` to `carrick-wg7`, found by name.
 //!
 //! Invariant: no link of ours is ever up with an address generation mode that would give it one. The IPv4 switches of a
 //! link are set over netlink (`IFLA_AF_SPEC/AF_INET/IFLA_INET_CONF`, net/ipv4/devinet.c `inet_set_link_af`), which needs
@@ -16,49 +16,61 @@ use netlink_packet_route::{
     },
 };
 
-use super::rtnl::{Rtnl, absent_is_done};
-use crate::{names::Device, state::Link};
+use super::{
+    hop,
+    rtnl::{Rtnl, absent_is_done},
+};
+use crate::{
+    names::Interface,
+    state::{Hop, Link},
+};
 
 // include/uapi/linux/if_link.h, include/uapi/linux/ip.h
 const IFLA_INET_CONF: u16 = 1;
 const IPV4_DEVCONF_FORWARDING: u16 = 1;
 const IPV4_DEVCONF_RP_FILTER: u16 = 8;
 
+/// Our links, in one reading.
+#[derive(Debug, Default)]
+pub(super) struct Links {
+    pub(super) links: BTreeMap<Interface, Link>,
+    pub(super) hop: Option<Hop>,
+    /// Of what is named `carrick-hop`, whatever it is.
+    pub(super) hop_index: Option<u32>,
+}
+
 /// What a link message says of a link.
 struct Seen {
     index: u32,
     link: Link,
+    hop: Option<Hop>,
     /// Whether it takes part in IPv6 at all; if not, it has no address generation mode to set.
     ipv6: bool,
 }
 
-/// Our links, and their indexes.
-pub(super) async fn read(rtnl: &Rtnl) -> io::Result<(BTreeMap<Device, Link>, BTreeMap<u32, Device>)> {
-    let mut seen = BTreeMap::new();
-    for device in Device::all() {
-        if let Some(found) = find(rtnl, device).await? {
-            seen.insert(device, found);
-        }
-    }
-    // Nodes with IPVS carry thousands of addresses: not read for nothing.
-    let addresses = if seen.is_empty() { Vec::new() } else { addresses(rtnl).await? };
-    let indexes = seen.iter().map(|(device, seen)| (seen.index, *device)).collect();
-    let links = seen.into_iter().map(|(device, mut seen)| {
+/// Our links. `addresses` are those of the node.
+pub(super) async fn read(rtnl: &Rtnl, addresses: &[AddressMessage]) -> io::Result<Links> {
+    let mut found = Links::default();
+    for interface in Interface::all() {
+        let Some(mut seen) = find(rtnl, interface).await? else { continue };
         seen.link.bare &= !addresses.iter().any(|address| address.header.index == seen.index);
-        (device, seen.link)
-    });
-    Ok((links.collect(), indexes))
+        if interface == Interface::Hop {
+            (found.hop, found.hop_index) = (seen.hop, Some(seen.index));
+        }
+        found.links.insert(interface, seen.link);
+    }
+    Ok(found)
 }
 
 /// The index of an existing link.
-pub(super) async fn index(rtnl: &Rtnl, device: Device) -> io::Result<u32> {
-    existing(rtnl, device).await.map(|seen| seen.index)
+pub(super) async fn index(rtnl: &Rtnl, interface: Interface) -> io::Result<u32> {
+    existing(rtnl, interface).await.map(|seen| seen.index)
 }
 
 /// Gives the link its MTU and switches, takes every address from it, and only then its up or down. Returns whether there
 /// were addresses: with the last IPv4 address the kernel flushes the link's IPv4 routes (`fib_inetaddr_event`).
-pub(super) async fn set(rtnl: &Rtnl, device: Device, link: &Link) -> io::Result<bool> {
-    let seen = existing(rtnl, device).await?;
+pub(super) async fn set(rtnl: &Rtnl, interface: Interface, link: &Link) -> io::Result<bool> {
+    let seen = existing(rtnl, interface).await?;
     let mut families = vec![AfSpecUnspec::Inet(vec![devconf(&[
         (IPV4_DEVCONF_FORWARDING, link.forwarding.into()),
         (IPV4_DEVCONF_RP_FILTER, link.rp_filter.into()),
@@ -87,8 +99,8 @@ pub(super) async fn set(rtnl: &Rtnl, device: Device, link: &Link) -> io::Result<
 }
 
 /// Deletes the link if it exists.
-pub(super) async fn delete(rtnl: &Rtnl, device: Device) -> io::Result<()> {
-    let Some(seen) = find(rtnl, device).await? else { return Ok(()) };
+pub(super) async fn delete(rtnl: &Rtnl, interface: Interface) -> io::Result<()> {
+    let Some(seen) = find(rtnl, interface).await? else { return Ok(()) };
     let mut message = LinkMessage::default();
     message.header.index = seen.index;
     absent_is_done(rtnl.change(RouteNetlinkMessage::DelLink(message), 0).await)
@@ -118,14 +130,14 @@ async fn get(rtnl: &Rtnl, mut message: LinkMessage) -> io::Result<Option<LinkMes
     })
 }
 
-async fn existing(rtnl: &Rtnl, device: Device) -> io::Result<Seen> {
-    let missing =
-        || io::Error::new(io::ErrorKind::NotFound, format!("{device} does not exist: is the tunnel running?"));
-    find(rtnl, device).await?.ok_or_else(missing)
+async fn existing(rtnl: &Rtnl, interface: Interface) -> io::Result<Seen> {
+    let hint = if interface == Interface::Hop { "" } else { ": is the tunnel running?" };
+    let missing = || io::Error::new(io::ErrorKind::NotFound, format!("{interface} does not exist{hint}"));
+    find(rtnl, interface).await?.ok_or_else(missing)
 }
 
-async fn find(rtnl: &Rtnl, device: Device) -> io::Result<Option<Seen>> {
-    let name = device.to_string();
+async fn find(rtnl: &Rtnl, interface: Interface) -> io::Result<Option<Seen>> {
+    let name = interface.to_string();
     let mut message = LinkMessage::default();
     message.attributes = vec![LinkAttribute::IfName(name.clone())];
     // The kernel also finds a foreign link that bears our name as its alternative name.
@@ -167,7 +179,7 @@ fn seen(message: &LinkMessage) -> Seen {
             _ => {}
         }
     }
-    Seen { index: message.header.index, link, ipv6 }
+    Seen { index: message.header.index, link, hop: hop::decode(message), ipv6 }
 }
 
 /// `IFLA_INET_CONF` as a request: nested attributes, one per switch. The library's own form leaves out zeros, which would

@@ -3,8 +3,9 @@
 //! Chain `keep_source` runs just before the CNI's masquerade (NAT postrouting, priority srcnat - 1) and maps the source of
 //! what goes from an own range to a remote one to itself: a connection that has a mapping is skipped by every later NAT
 //! chain (net/netfilter/nf_nat_core.c `nf_nat_inet_fn`).
-//! Chain `admit` sees what comes out of a tunnel before connection tracking does (prerouting, priority raw), so a
-//! packet that was never offered leaves no entry behind, and before any DNAT, so it judges the destination that was sent.
+//! The hop's chains run before connection tracking does (priority raw). Both leave the hop's own UDP between nodes
+//! untracked. `hop_in` also drops what comes by no native device and goes to the hop port of a node, this one included: it is
+//! a pod's, and a pod could forge hop packets. (What comes by a native device is judged by `from_hop`.)
 //!
 //! The rules look into sets of concatenated ranges, which must not overlap (net/netfilter/nft_set_pipapo.c refuses
 //! most overlaps). The pairs as they were wanted may, so they are kept beside, in sets that no rule uses: `*_wanted`.
@@ -30,7 +31,7 @@ use nix::{
 use serde_json::{Value, json};
 
 use super::prefix;
-use crate::{names::DEVICE_PREFIX, state::Nft};
+use crate::state::Nft;
 
 /// The table's name; its family is `inet`.
 pub(super) const TABLE: &str = "carrick";
@@ -47,28 +48,17 @@ struct Sets {
     address: &'static str,
     keep: &'static str,
     keep_wanted: &'static str,
-    admit: &'static str,
-    admit_wanted: &'static str,
+    nodes: &'static str,
 }
 
 const FAMILIES: [Sets; 2] = [
-    Sets {
-        ipv4: true,
-        address: "ipv4_addr",
-        keep: "keep4",
-        keep_wanted: "keep4_wanted",
-        admit: "admit4",
-        admit_wanted: "admit4_wanted",
-    },
-    Sets {
-        ipv4: false,
-        address: "ipv6_addr",
-        keep: "keep6",
-        keep_wanted: "keep6_wanted",
-        admit: "admit6",
-        admit_wanted: "admit6_wanted",
-    },
+    Sets { ipv4: true, address: "ipv4_addr", keep: "keep4", keep_wanted: "keep4_wanted", nodes: "nodes4" },
+    Sets { ipv4: false, address: "ipv6_addr", keep: "keep6", keep_wanted: "keep6_wanted", nodes: "nodes6" },
 ];
+
+/// The hop's ports, (port, first source, last source), from which the rules are written. No rule uses it.
+const HOP_WANTED: &str = "hop_wanted";
+const NATIVE: &str = "native";
 
 /// Why the nft table could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -168,21 +158,27 @@ pub fn render(nft: &Nft) -> String {
     let mut text = blank_slate().to_owned();
     text.push_str("table inet carrick {\n");
     for family in &FAMILIES {
-        let (keep, admit) = (family.select(&nft.keep_source), family.select(&nft.admit));
-        let address = family.address;
-        for (set, pairs) in [(family.keep, disjoint(&keep)), (family.admit, disjoint(&admit))] {
-            let elements = pairs.iter().map(|(a, b)| format!("{a} . {b}"));
-            set_text(&mut text, set, &format!("{address} . {address}; flags interval"), elements);
-        }
-        for (set, pairs) in [(family.keep_wanted, keep), (family.admit_wanted, admit)] {
-            let one = |n: &IpNetwork| format!("{} . {}", n.network(), n.prefix());
-            let elements = pairs.iter().map(|(a, b)| format!("{} . {}", one(a), one(b)));
-            set_text(&mut text, set, &format!("{address} . mark . {address} . mark"), elements);
-        }
+        let (keep, address) = (family.select(&nft.keep_source), family.address);
+        let elements = disjoint(&keep).into_iter().map(|(a, b)| format!("{a} . {b}"));
+        set_text(&mut text, family.keep, &format!("{address} . {address}; flags interval"), elements);
+        let one = |n: &IpNetwork| format!("{} . {}", n.network(), n.prefix());
+        let elements = keep.iter().map(|(a, b)| format!("{} . {}", one(a), one(b)));
+        set_text(&mut text, family.keep_wanted, &format!("{address} . mark . {address} . mark"), elements);
+        let nodes = nft.nodes.iter().filter(|node| node.is_ipv4() == family.ipv4);
+        set_text(&mut text, family.nodes, address, nodes.map(IpAddr::to_string));
     }
-    text.push_str(CHAINS);
+    let (port, (first, last)) = (nft.hop_port, nft.hop_sources);
+    set_text(&mut text, NATIVE, "ifname", nft.native.iter().map(|name| format!("\"{name}\"")));
+    let ports = "inet_service . inet_service . inet_service";
+    set_text(&mut text, HOP_WANTED, ports, [format!("{port} . {first} . {last}")].into_iter());
+    text.push_str(&chains(port, (first, last)));
     text.push_str("}\n");
     text
+}
+
+/// Whether the text of a rule can say the name of that link: nft takes a star for a pattern.
+pub(super) fn can_say(link: &str) -> bool {
+    link.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"*\\".contains(&byte))
 }
 
 fn set_text(text: &mut String, set: &str, kind: &str, elements: impl Iterator<Item = String>) {
@@ -193,19 +189,31 @@ fn set_text(text: &mut String, set: &str, kind: &str, elements: impl Iterator<It
     let _infallible = writeln!(text, "  set {set} {{ type {kind};{elements} }}");
 }
 
-const CHAINS: &str = r#"  chain keep_source {
+fn chains(port: u16, (first, last): (u16, u16)) -> String {
+    format!(
+        r#"  chain keep_source {{
     type nat hook postrouting priority 99; policy accept;
     ip saddr . ip daddr @keep4 snat ip to ip saddr comment "own to remote: the source stays"
     ip6 saddr . ip6 daddr @keep6 snat ip6 to ip6 saddr comment "own to remote: the source stays"
-  }
-  chain admit {
+  }}
+  chain hop_in {{
     type filter hook prerouting priority -300; policy accept;
-    iifname != "carrick-wg*" accept comment "not out of a tunnel"
-    ip saddr . ip daddr @admit4 accept comment "offered"
-    ip6 saddr . ip6 daddr @admit6 accept comment "offered"
-    counter drop comment "never offered to its sender"
-  }
-"#;
+    meta l4proto != udp accept
+    udp dport != {port} accept
+    iifname != @native ip daddr @nodes4 udp dport {port} counter drop comment "forwarded: forged"
+    iifname != @native ip6 daddr @nodes6 udp dport {port} counter drop comment "forwarded: forged"
+    iifname != @native fib daddr type local udp dport {port} counter drop comment "from here: forged"
+    ip saddr @nodes4 udp dport {port} udp sport {first}-{last} notrack comment "the hop"
+    ip6 saddr @nodes6 udp dport {port} udp sport {first}-{last} notrack comment "the hop"
+  }}
+  chain hop_out {{
+    type filter hook output priority -300; policy accept;
+    ip daddr @nodes4 udp dport {port} udp sport {first}-{last} notrack comment "the hop"
+    ip6 daddr @nodes6 udp dport {port} udp sport {first}-{last} notrack comment "the hop"
+  }}
+"#
+    )
+}
 
 /// The value that a table of ours holds, from `nft --json list table inet carrick`; `None` if anything in it is not as
 /// [`render`] writes it. An error is text that is no listing at all.
@@ -225,30 +233,31 @@ pub fn parse(json: &str) -> Result<Option<Nft>, Error> {
     }
     // Stable: the order of a chain's rules counts, that of sets and chains does not.
     skeleton.sort_by(|a, b| a.0.cmp(&b.0));
-    if skeleton != self::skeleton() {
-        return Ok(None);
-    }
-    Ok(contents(&elements))
+    let found = contents(&elements);
+    Ok(found.filter(|nft| skeleton == self::skeleton(nft.hop_port, nft.hop_sources)))
 }
 
 /// The value that the sets hold; `None` if those that rules use do not follow from those that were wanted.
 fn contents(elements: &BTreeMap<String, Vec<Value>>) -> Option<Nft> {
-    let none = Vec::new();
+    let of = |set: &str| elements.get(set).map_or(&[][..], Vec::as_slice).iter();
     let mut nft = Nft::default();
     for family in &FAMILIES {
-        for (used, wanted, pairs) in [
-            (family.keep, family.keep_wanted, &mut nft.keep_source),
-            (family.admit, family.admit_wanted, &mut nft.admit),
-        ] {
-            let wanted = elements.get(wanted).unwrap_or(&none).iter().map(wanted_pair).collect::<Option<Pairs>>()?;
-            let used = elements.get(used).unwrap_or(&none).iter().map(used_pair).collect::<Option<Pairs>>()?;
-            if used != disjoint(&wanted) {
-                return None;
-            }
-            pairs.extend(wanted);
+        let wanted = of(family.keep_wanted).map(wanted_pair).collect::<Option<Pairs>>()?;
+        let used = of(family.keep).map(used_pair).collect::<Option<Pairs>>()?;
+        if used != disjoint(&wanted) {
+            return None;
         }
+        nft.keep_source.extend(wanted);
+        let address = |value: &Value| value.as_str()?.parse::<IpAddr>().ok();
+        nft.nodes.extend(of(family.nodes).map(address).collect::<Option<Vec<_>>>()?);
     }
-    Some(nft)
+    let name = |value: &Value| value.as_str().map(str::to_owned);
+    nft.native = of(NATIVE).map(name).collect::<Option<BTreeSet<_>>>()?;
+    let mut wanted = of(HOP_WANTED);
+    let [port, first, last] = wanted.next()?.get("concat")?.as_array()?.as_slice() else { return None };
+    let number = |value: &Value| value.as_u64().and_then(|port| u16::try_from(port).ok());
+    (nft.hop_port, nft.hop_sources) = (number(port)?, (number(first)?, number(last)?));
+    wanted.next().is_none().then_some(nft)
 }
 
 fn used_pair(element: &Value) -> Option<(IpNetwork, IpNetwork)> {
@@ -279,7 +288,7 @@ fn objects(listing: &Value) -> Vec<(&str, &Value)> {
 }
 
 /// Without what differs from one listing to the next, and from one version of nft to the next: handles, counts, and lists
-/// of one flag, which newer versions print as the flag.
+/// of one flag, which newer versions print as the flag; and with a range of one as that one.
 fn normal(value: &Value) -> Value {
     match value {
         Value::Object(fields) => {
@@ -288,7 +297,10 @@ fn normal(value: &Value) -> Value {
                 Value::String(_) if key == "flags" => (key.clone(), json!([value])),
                 _ => (key.clone(), normal(value)),
             };
-            Value::Object(kept.map(field).collect())
+            match value.get("range").and_then(Value::as_array).map(Vec::as_slice) {
+                Some([first, last]) if first == last => first.clone(),
+                _ => Value::Object(kept.map(field).collect()),
+            }
         }
         Value::Array(items) => Value::Array(items.iter().map(normal).collect()),
         other => other.clone(),
@@ -296,39 +308,50 @@ fn normal(value: &Value) -> Value {
 }
 
 /// Everything in our table but the elements of its sets, as [`parse`] lays it out.
-fn skeleton() -> Vec<(String, Value)> {
+fn skeleton(port: u16, (first, last): (u16, u16)) -> Vec<(String, Value)> {
+    let not_native = matching("!=", json!({"meta": {"key": "iifname"}}), "@native");
+    let not_udp = matching("!=", json!({"meta": {"key": "l4proto"}}), "udp");
+    let not_to_hop = matching("!=", payload("udp", "dport"), port);
+    let to_hop = matching("==", payload("udp", "dport"), port);
+    let sources = if first == last { json!(first) } else { json!({"range": [first, last]}) };
+    let from_hop = matching("==", payload("udp", "sport"), sources);
+    let local = matching("==", json!({"fib": {"result": "type", "flags": ["daddr"]}}), "local");
+    let forged = |comment, towards: Value| {
+        rule("hop_in", comment, json!([not_native, towards, to_hop, {"counter": {}}, {"drop": null}]))
+    };
+    let untracked = |chain, end: Value| rule(chain, "the hop", json!([end, to_hop, from_hop, {"notrack": null}]));
+    let node = |protocol, end, set| matching("==", payload(protocol, end), set);
     let mut all = vec![
-        chain("admit", "filter", "prerouting", -300),
+        ("table carrick".to_owned(), json!({"family": "inet", "name": TABLE})),
         chain("keep_source", "nat", "postrouting", 99),
-        rule(
-            "admit",
-            "not out of a tunnel",
-            json!([
-                {"match": {"op": "!=", "left": {"meta": {"key": "iifname"}}, "right": format!("{DEVICE_PREFIX}*")}},
-                {"accept": null},
-            ]),
-        ),
-        rule("admit", "offered", json!([pair_in("ip", "@admit4"), {"accept": null}])),
-        rule("admit", "offered", json!([pair_in("ip6", "@admit6"), {"accept": null}])),
-        rule("admit", "never offered to its sender", json!([{"counter": {}}, {"drop": null}])),
         rule("keep_source", "own to remote: the source stays", json!([pair_in("ip", "@keep4"), keep("ip")])),
         rule("keep_source", "own to remote: the source stays", json!([pair_in("ip6", "@keep6"), keep("ip6")])),
-        ("table carrick".to_owned(), json!({"family": "inet", "name": TABLE})),
+        chain("hop_in", "filter", "prerouting", -300),
+        bare_rule("hop_in", json!([not_udp, {"accept": null}])),
+        bare_rule("hop_in", json!([not_to_hop, {"accept": null}])),
+        forged("forwarded: forged", node("ip", "daddr", "@nodes4")),
+        forged("forwarded: forged", node("ip6", "daddr", "@nodes6")),
+        forged("from here: forged", local),
+        untracked("hop_in", node("ip", "saddr", "@nodes4")),
+        untracked("hop_in", node("ip6", "saddr", "@nodes6")),
+        chain("hop_out", "filter", "output", -300),
+        untracked("hop_out", node("ip", "daddr", "@nodes4")),
+        untracked("hop_out", node("ip6", "daddr", "@nodes6")),
+        set(NATIVE, json!("ifname")),
+        set(HOP_WANTED, json!(["inet_service", "inet_service", "inet_service"])),
     ];
-    for family in &FAMILIES {
-        let address = family.address;
-        for name in [family.keep, family.admit] {
-            let set = json!({"family": "inet", "table": TABLE, "name": name, "type": [address, address], "flags": ["interval"]});
-            all.push((format!("set {name}"), set));
-        }
-        for name in [family.keep_wanted, family.admit_wanted] {
-            let set =
-                json!({"family": "inet", "table": TABLE, "name": name, "type": [address, "mark", address, "mark"]});
-            all.push((format!("set {name}"), set));
-        }
+    for Sets { address, keep, keep_wanted, nodes, .. } in &FAMILIES {
+        let (name, mut pairs) = set(keep, json!([address, address]));
+        pairs["flags"] = json!(["interval"]);
+        all.extend([(name, pairs), set(keep_wanted, json!([address, "mark", address, "mark"]))]);
+        all.push(set(nodes, json!(address)));
     }
     all.sort_by(|a, b| a.0.cmp(&b.0));
     all
+}
+
+fn set(name: &str, kind: Value) -> (String, Value) {
+    (format!("set {name}"), json!({"family": "inet", "table": TABLE, "name": name, "type": kind}))
 }
 
 fn chain(name: &str, kind: &str, hook: &str, priority: i32) -> (String, Value) {
@@ -339,17 +362,29 @@ fn chain(name: &str, kind: &str, hook: &str, priority: i32) -> (String, Value) {
 }
 
 fn rule(chain: &str, comment: &str, expression: Value) -> (String, Value) {
-    let rule = json!({"family": "inet", "table": TABLE, "chain": chain, "comment": comment, "expr": expression});
-    (format!("rule {chain}"), rule)
+    let (name, mut rule) = bare_rule(chain, expression);
+    rule["comment"] = json!(comment);
+    (name, rule)
+}
+
+fn bare_rule(chain: &str, expression: Value) -> (String, Value) {
+    (format!("rule {chain}"), json!({"family": "inet", "table": TABLE, "chain": chain, "expr": expression}))
+}
+
+fn matching(op: &str, left: Value, right: impl Into<Value>) -> Value {
+    json!({"match": {"op": op, "left": left, "right": right.into()}})
+}
+
+fn payload(protocol: &str, field: &str) -> Value {
+    json!({"payload": {"protocol": protocol, "field": field}})
 }
 
 fn pair_in(protocol: &str, set: &str) -> Value {
-    let field = |field| json!({"payload": {"protocol": protocol, "field": field}});
-    json!({"match": {"op": "==", "left": {"concat": [field("saddr"), field("daddr")]}, "right": set}})
+    matching("==", json!({"concat": [payload(protocol, "saddr"), payload(protocol, "daddr")]}), set)
 }
 
 fn keep(protocol: &str) -> Value {
-    json!({"snat": {"family": protocol, "addr": {"payload": {"protocol": protocol, "field": "saddr"}}}})
+    json!({"snat": {"family": protocol, "addr": payload(protocol, "saddr")}})
 }
 
 impl Sets {
@@ -444,31 +479,42 @@ mod tests {
         let net = |text: &str| text.parse::<IpNetwork>().unwrap();
         let nft = Nft {
             keep_source: BTreeSet::from([(net("10.42.0.0/16"), net("10.44.0.0/16"))]),
-            admit: BTreeSet::from([(net("10.44.0.0/16"), net("10.42.0.0/16")), (net("fd44::/48"), net("fd42::1/128"))]),
+            nodes: ["10.0.0.2", "10.0.0.3", "fd00::2"].map(|node| node.parse().unwrap()).into(),
+            hop_port: 27472,
+            hop_sources: (27456, 27471),
+            native: ["eth0", "eth1.7"].map(str::to_owned).into(),
         };
         expect_test::expect![[r#"
             table inet carrick {}
             delete table inet carrick
             table inet carrick {
               set keep4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 10.42.0.0/16 . 10.44.0.0/16 }; }
-              set admit4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 10.44.0.0/16 . 10.42.0.0/16 }; }
               set keep4_wanted { type ipv4_addr . mark . ipv4_addr . mark; elements = { 10.42.0.0 . 16 . 10.44.0.0 . 16 }; }
-              set admit4_wanted { type ipv4_addr . mark . ipv4_addr . mark; elements = { 10.44.0.0 . 16 . 10.42.0.0 . 16 }; }
+              set nodes4 { type ipv4_addr; elements = { 10.0.0.2, 10.0.0.3 }; }
               set keep6 { type ipv6_addr . ipv6_addr; flags interval; }
-              set admit6 { type ipv6_addr . ipv6_addr; flags interval; elements = { fd44::/48 . fd42::1/128 }; }
               set keep6_wanted { type ipv6_addr . mark . ipv6_addr . mark; }
-              set admit6_wanted { type ipv6_addr . mark . ipv6_addr . mark; elements = { fd44:: . 48 . fd42::1 . 128 }; }
+              set nodes6 { type ipv6_addr; elements = { fd00::2 }; }
+              set native { type ifname; elements = { "eth0", "eth1.7" }; }
+              set hop_wanted { type inet_service . inet_service . inet_service; elements = { 27472 . 27456 . 27471 }; }
               chain keep_source {
                 type nat hook postrouting priority 99; policy accept;
                 ip saddr . ip daddr @keep4 snat ip to ip saddr comment "own to remote: the source stays"
                 ip6 saddr . ip6 daddr @keep6 snat ip6 to ip6 saddr comment "own to remote: the source stays"
               }
-              chain admit {
+              chain hop_in {
                 type filter hook prerouting priority -300; policy accept;
-                iifname != "carrick-wg*" accept comment "not out of a tunnel"
-                ip saddr . ip daddr @admit4 accept comment "offered"
-                ip6 saddr . ip6 daddr @admit6 accept comment "offered"
-                counter drop comment "never offered to its sender"
+                meta l4proto != udp accept
+                udp dport != 27472 accept
+                iifname != @native ip daddr @nodes4 udp dport 27472 counter drop comment "forwarded: forged"
+                iifname != @native ip6 daddr @nodes6 udp dport 27472 counter drop comment "forwarded: forged"
+                iifname != @native fib daddr type local udp dport 27472 counter drop comment "from here: forged"
+                ip saddr @nodes4 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
+                ip6 saddr @nodes6 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
+              }
+              chain hop_out {
+                type filter hook output priority -300; policy accept;
+                ip daddr @nodes4 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
+                ip6 daddr @nodes6 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
               }
             }
         "#]].assert_eq(&render(&nft));

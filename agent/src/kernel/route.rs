@@ -3,7 +3,7 @@
 //! Our routes are `proto kernel`: systemd-networkd removes the `unreachable` and `throw` routes of others at each restart
 //! unless they bear it (`manager_mark_routes`), and routing daemons neither learn nor delete such routes.
 //!
-//! Invariant: a route reads as [`Route::Dev`], [`Route::Throw`] or [`Route::Unreachable`] only if it is, in everything the
+//! Invariant: a route reads as [`Route::Hop`], [`Route::Throw`] or [`Route::Unreachable`] only if it is, in everything the
 //! kernel acts on, the one route that [`set`] would write for its prefix; everything else there is [`Route::Other`].
 
 use std::{
@@ -17,13 +17,14 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     route::{
-        RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RoutePreference, RouteProtocol, RouteScope, RouteType,
+        RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RoutePreference, RouteProtocol,
+        RouteScope, RouteType,
     },
 };
 
 use super::rtnl::{Rtnl, absent_is_done, is};
 use crate::{
-    names::{Device, Table},
+    names::Table,
     state::{Family, Route},
 };
 
@@ -32,15 +33,15 @@ pub(super) type Routes = BTreeMap<(Table, IpNetwork), Route>;
 /// What the kernel gives IPv6 routes without a metric (`IP6_RT_PRIO_USER`); IPv4's default is 0.
 const IPV6_METRIC: u32 = 1024;
 
-/// Our tables. `devices` are our links by index.
-pub(super) async fn read(rtnl: &Rtnl, devices: &BTreeMap<u32, Device>) -> io::Result<Routes> {
+/// Our tables. `hop` is the index of `carrick-hop`, if it exists.
+pub(super) async fn read(rtnl: &Rtnl, hop: Option<u32>) -> io::Result<Routes> {
     let mut routes = Routes::new();
     for table in Table::ALL {
         for family in Family::ALL {
             for message in dump(rtnl, table, family).await? {
                 let Some(to) = destination(&message) else { continue };
                 // Two routes for one prefix are never both ours.
-                let route = decode(&message, devices);
+                let route = decode(&message, hop);
                 routes.entry((table, to)).and_modify(|route| *route = Route::Other).or_insert(route);
             }
         }
@@ -64,9 +65,7 @@ pub(super) async fn set(
         replaced?;
     }
     if thorough || behind_another {
-        let device = if let Route::Dev { device, .. } = route { Some((index, *device)) } else { None };
-        let devices = device.into_iter().collect();
-        remove(rtnl, table, to, |found| decode(found, &devices) != *route).await?;
+        remove(rtnl, table, to, |found| decode(found, Some(index)) != *route).await?;
     }
     Ok(())
 }
@@ -142,7 +141,7 @@ fn encode(table: Table, to: IpNetwork, route: &Route, index: u32) -> io::Result<
     let mut message = blank(table, to);
     message.header.protocol = RouteProtocol::Kernel;
     message.header.kind = match route {
-        Route::Dev { .. } => RouteType::Unicast,
+        Route::Hop { .. } => RouteType::Unicast,
         Route::Throw => RouteType::Throw,
         Route::Unreachable => RouteType::Unreachable,
         Route::Other => {
@@ -151,16 +150,17 @@ fn encode(table: Table, to: IpNetwork, route: &Route, index: u32) -> io::Result<
     };
     message.header.scope = scope(to.is_ipv4(), route);
     message.attributes.push(RouteAttribute::Priority(metric(to.is_ipv4())));
-    if let Route::Dev { source, .. } = route {
+    if let Route::Hop { mtu, source } = route {
         message.attributes.push(RouteAttribute::Oif(index));
+        message.attributes.extend(mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])));
         message.attributes.extend(source.map(|source| RouteAttribute::PrefSource(source.into())));
     }
     Ok(message)
 }
 
-fn decode(message: &RouteMessage, devices: &BTreeMap<u32, Device>) -> Route {
+fn decode(message: &RouteMessage, hop: Option<u32>) -> Route {
     let ipv4 = message.header.address_family == AddressFamily::Inet;
-    let (mut oif, mut source, mut priority, mut plain) = (None, None, 0, true);
+    let (mut oif, mut source, mut mtu, mut priority, mut plain) = (None, None, None, 0, true);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(_) | RouteAttribute::Table(_) | RouteAttribute::CacheInfo(_) => {}
@@ -168,14 +168,15 @@ fn decode(message: &RouteMessage, devices: &BTreeMap<u32, Device>) -> Route {
             RouteAttribute::Oif(index) => oif = Some(*index),
             RouteAttribute::PrefSource(address) => source = ip(address),
             RouteAttribute::Priority(metric) => priority = *metric,
+            RouteAttribute::Metrics(metrics) => match metrics[..] {
+                [RouteMetric::Mtu(metric)] => mtu = Some(metric),
+                _ => plain = false,
+            },
             _ => plain = false,
         }
     }
     let route = match message.header.kind {
-        RouteType::Unicast => match oif.and_then(|index| devices.get(&index)) {
-            Some(device) => Route::Dev { device: *device, source },
-            None => Route::Other,
-        },
+        RouteType::Unicast if oif.is_some() && oif == hop => Route::Hop { mtu, source },
         RouteType::Throw => Route::Throw,
         RouteType::Unreachable => Route::Unreachable,
         _ => Route::Other,
@@ -192,7 +193,7 @@ fn decode(message: &RouteMessage, devices: &BTreeMap<u32, Device>) -> Route {
 
 /// What `ip route` would choose: IPv6 knows no scopes.
 fn scope(ipv4: bool, route: &Route) -> RouteScope {
-    if ipv4 && matches!(route, Route::Dev { .. }) { RouteScope::Link } else { RouteScope::Universe }
+    if ipv4 && matches!(route, Route::Hop { .. }) { RouteScope::Link } else { RouteScope::Universe }
 }
 
 fn metric(ipv4: bool) -> u32 {

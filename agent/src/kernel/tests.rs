@@ -25,10 +25,11 @@ use super::{
     sweep,
 };
 use crate::{
+    diff::diff,
     keys::{PresharedKey, PrivateKey, PublicKey},
-    names::{Device, Ordinal, Table},
+    names::{Device, Interface, Ordinal, Table},
     reconcile::Kernel,
-    state::{self, Family, Link, Nft, Op, Peer, Route, Rule, State},
+    state::{self, Family, Hop, Link, Nft, Op, Peer, Route, Rule, State},
 };
 
 /// Runs `work` on a thread with a network namespace and a runtime of its own; both end with it.
@@ -64,6 +65,7 @@ struct Husks(BTreeMap<Device, WgDevice>);
 
 impl WireGuard for Husks {
     async fn read(&mut self) -> io::Result<BTreeMap<Device, WgDevice>> {
+        self.0.retain(|device, _| nix::net::if_::if_nametoindex(device.to_string().as_str()).is_ok());
         Ok(self.0.clone())
     }
 
@@ -113,55 +115,22 @@ async fn read(kernel: &mut Linux<Husks>) -> State {
     reading.state
 }
 
-/// What leads from one state to the other; the real diff in small, and without its order among makes.
-fn steps(wanted: &State, actual: &State) -> Vec<Op> {
-    let mut ops = Vec::new();
-    for (device, wireguard) in &wanted.wireguard {
-        if actual.wireguard.get(device) != Some(wireguard) || !actual.links.contains_key(device) {
-            ops.push(Op::SetDevice { device: *device, wireguard: wireguard.clone() });
-        }
-    }
-    for (device, link) in &wanted.links {
-        if actual.links.get(device) != Some(link) {
-            ops.push(Op::SetLink { device: *device, link: link.clone() });
-        }
-    }
-    if let Some(nft) = wanted.nft.as_ref().filter(|nft| actual.nft.as_ref() != Some(nft)) {
-        ops.push(Op::GrowNft(nft.clone()));
-    }
-    ops.extend(wanted.rules.difference(&actual.rules).map(|rule| Op::AddRule(*rule)));
-    for ((table, to), route) in &wanted.routes {
-        if actual.routes.get(&(*table, *to)) != Some(route) {
-            ops.push(Op::SetRoute { table: *table, to: *to, route: route.clone() });
-        }
-    }
-    let stale = actual.routes.keys().filter(|place| !wanted.routes.contains_key(place));
-    ops.extend(stale.map(|(table, to)| Op::DelRoute { table: *table, to: *to }));
-    ops.extend(actual.rules.difference(&wanted.rules).map(|rule| Op::DelRule(*rule)));
-    if wanted.nft.is_none() && actual.nft.is_some() {
-        ops.push(Op::ShrinkNft(None));
-    }
-    let stale = actual.links.keys().filter(|device| !wanted.links.contains_key(device));
-    ops.extend(stale.map(|device| Op::DelDevice { device: *device }));
-    ops
-}
-
 /// For the eye: what differs between two states.
 fn lines(state: &State) -> String {
-    let State { links, wireguard, routes, rules, nft, .. } = state;
+    let State { links, hop, wireguard, routes, rules, nft, overlay, .. } = state;
     let routes = routes.iter().map(|((table, to), route)| format!("{to} table {table}: {route:?}\n"));
-    format!("{links:?}\n{wireguard:?}\n{}{rules:?}\n{nft:?}", routes.collect::<String>())
+    format!("{links:?}\n{hop:?}\n{wireguard:?}\n{}{rules:?}\n{nft:?}\n{overlay:?}", routes.collect::<String>())
 }
 
 async fn reach(kernel: &mut Linux<Husks>, wanted: &State) {
     let actual = read(kernel).await;
-    for op in steps(wanted, &actual) {
+    for op in diff(wanted, &actual) {
         kernel.apply(&op).await.unwrap_or_else(|error| panic!("{op:?}: {error}"));
     }
     let reached = read(kernel).await;
     assert_eq!(lines(&reached), lines(wanted));
     assert_eq!(&reached, wanted);
-    assert_eq!(steps(wanted, &reached), vec![]);
+    assert_eq!(diff(wanted, &reached), vec![]);
 }
 
 const OWN: [IpAddr; 2] =
@@ -172,8 +141,10 @@ fn foreign() {
     sh("ip link add eth0 type veth peer name carrick-wg; ip link set carrick-wg addrgenmode none up
         ip link add carrick-wg8 type veth peer name carrick-wg00; ip link set eth0 addrgenmode none up
         ip link property add dev eth0 altname carrick-wg7
+        ip link add carrick-hop0 type vxlan external dstport 8472; ip link set carrick-hop0 addrgenmode none up
         ip addr add 192.168.7.2/24 dev eth0; ip addr add 2001:db8:7::2/64 dev eth0 nodad
         ip addr add 10.42.0.1/32 dev lo; ip addr add fd42::1/128 dev lo nodad
+        ip addr add fd63:9::1/128 dev lo preferred_lft 0 nodad; ip addr add fd63::9/128 dev eth0 preferred_lft 0 nodad
         ip route add default via 192.168.7.1; ip route add default via 2001:db8:7::1
         ip route add 10.44.0.0/16 via 192.168.7.1 table 7472; ip route add unreachable 10.44.0.0/16 table 7475
         ip route add fd44::/48 dev eth0 table 7472; ip route add 10.44.0.0/16 via 192.168.7.3
@@ -187,13 +158,16 @@ fn foreign() {
         nft 'add set inet carrick2 keep4 { type ipv4_addr; elements = { 10.0.0.1 }; }'");
 }
 
-/// Everything that is not ours, as the tools print it.
+/// Everything that is not ours, as the tools print it. What we put on `lo` is in fd63::/64.
 fn others() -> String {
-    sh("ip -oneline -details route show table all | grep -Ev 'carrick-wg[0-7] |table 747[34]' || true
-        ip -oneline -details -6 route show table all | grep -Ev 'carrick-wg[0-7] |table 747[34]' || true
+    sh("for family in -4 -6; do
+            ip -oneline -details $family route show table all \\
+                | grep -Ev 'carrick-(wg[0-7]|hop) |table 747[34]|fd63::. dev lo' || true
+        done
         ip -details rule | grep -Ev '^11:.*lookup 7473|^12:.*lookup 7474' || true
         ip -details -6 rule | grep -Ev '^11:.*lookup 7473|^12:.*lookup 7474' || true
-        for link in lo eth0 carrick-wg8 carrick-wg00 carrick-wg; do ip -details addr show dev $link; done
+        for link in eth0 carrick-wg8 carrick-wg00 carrick-wg carrick-hop0; do ip -details addr show dev $link; done
+        ip -details link show dev lo; ip -oneline addr show dev lo | grep -v 'fd63::[^9]'
         nft list table ip carrick; nft list table inet carrick2; nft list table ip6 nat
         nft list tables | grep -v 'inet carrick$'")
 }
@@ -212,14 +186,20 @@ fn either_family() -> BoxedStrategy<IpNetwork> {
     prop_oneof![any_prefix(true), any_prefix(false)].boxed()
 }
 
-pub(crate) fn any_nft() -> impl Strategy<Value = Nft> {
-    let pair = || prop_oneof![(any_prefix(true), any_prefix(true)), (any_prefix(false), any_prefix(false))];
-    let pairs = move || proptest::collection::btree_set(pair(), 0..12);
-    (pairs(), pairs()).prop_map(|(keep_source, admit)| Nft { keep_source, admit })
+fn any_hop() -> impl Strategy<Value = Hop> {
+    (27000_u16..27500, 1024_u16..30000, 0_u16..16)
+        .prop_map(|(port, first, more)| Hop { port, sources: (first, first + more) })
 }
 
-fn any_device(of: u8) -> impl Strategy<Value = Device> {
-    (0..of).prop_map(|n| Device(Ordinal::new(n.into()).unwrap()))
+pub(crate) fn any_nft() -> impl Strategy<Value = Nft> {
+    let pair = || prop_oneof![(any_prefix(true), any_prefix(true)), (any_prefix(false), any_prefix(false))];
+    let pairs = proptest::collection::btree_set(pair(), 0..12);
+    let nodes = proptest::collection::btree_set(either_family().prop_map(|prefix| prefix.ip()), 0..6);
+    let native = proptest::collection::btree_set("[a-z][a-z0-9.@_-]{0,14}", 0..4);
+    (pairs, nodes, native, any_hop(), any::<bool>()).prop_map(|(keep_source, nodes, native, hop, none)| {
+        let (hop_port, hop_sources) = if none { (0, (0, 0)) } else { (hop.port, hop.sources) };
+        Nft { keep_source, nodes, hop_port, hop_sources, native }
+    })
 }
 
 fn any_link() -> impl Strategy<Value = Link> {
@@ -230,44 +210,57 @@ fn any_link() -> impl Strategy<Value = Link> {
     })
 }
 
-/// A route of that prefix, through one of that many devices.
-fn any_route(to: IpNetwork, devices: u8) -> BoxedStrategy<Route> {
+/// A route of that prefix; through the hop if there is one.
+fn any_route(to: IpNetwork, hop: bool) -> BoxedStrategy<Route> {
     let source = OWN.into_iter().find(|own| own.is_ipv4() == to.is_ipv4());
     let source = prop_oneof![Just(None), Just(source)];
-    let dev = (any_device(devices.max(1)), source).prop_map(|(device, source)| Route::Dev { device, source });
-    if devices == 0 {
+    let mtu = proptest::option::of(1280_u32..9000);
+    let through = (mtu, source).prop_map(|(mtu, source)| Route::Hop { mtu, source });
+    if !hop {
         return prop_oneof![Just(Route::Throw), Just(Route::Unreachable)].boxed();
     }
-    prop_oneof![4 => dev, 1 => Just(Route::Throw), 1 => Just(Route::Unreachable)].boxed()
+    prop_oneof![4 => through, 1 => Just(Route::Throw), 1 => Just(Route::Unreachable)].boxed()
 }
 
-fn any_state() -> impl Strategy<Value = State> {
-    let rule = (prop_oneof![Just(Family::V4), Just(Family::V6)], prop_oneof![Just(Table::Remote), Just(Table::Closed)])
-        .prop_map(|(family, table)| Rule { family, table });
-    let rules = proptest::collection::btree_set(rule, 0..5);
-    let links = proptest::collection::vec(any_link(), 0..3);
-    (links, rules, proptest::option::of(any_nft())).prop_flat_map(|(links, rules, nft)| {
-        let devices = links.len() as u8;
-        let table = prop_oneof![Just(Table::Remote), Just(Table::Closed)];
-        let place = (table, either_family());
-        let route = place.prop_flat_map(move |place| any_route(place.1, devices).prop_map(move |route| (place, route)));
-        proptest::collection::vec(route, 0..30).prop_map(move |routes| {
-            let links: BTreeMap<Device, Link> = Device::all().zip(links.clone()).collect();
-            let key = |device: &Device| {
-                let port = 27473 + u16::from(device.0.get());
-                (*device, state::WireGuard { key: private(*device).public(), port })
-            };
-            State {
-                wireguard: links.keys().map(key).collect(),
-                links,
-                routes: routes.into_iter().collect(),
-                rules: rules.clone(),
-                nft: nft.clone(),
-                ..State::default()
-            }
-        })
-    })
+fn any_routes(hop: bool) -> impl Strategy<Value = BTreeMap<(Table, IpNetwork), Route>> {
+    let table = prop_oneof![Just(Table::Remote), Just(Table::Closed)];
+    let place = (table, either_family());
+    let route = place.prop_flat_map(move |place| any_route(place.1, hop).prop_map(move |route| (place, route)));
+    proptest::collection::vec(route, 0..30).prop_map(BTreeMap::from_iter)
 }
+
+prop_compose! {
+    fn any_state()(hop in proptest::option::weighted(0.8, any_hop()))(
+        routes in any_routes(hop.is_some()),
+        hop in Just(hop),
+        hop_link in any_link(),
+        devices in proptest::collection::vec(any_link(), 0..3),
+        rules in proptest::sample::subsequence(all_rules(), 0..=4),
+        nft in proptest::option::of(any_nft()),
+        overlay in proptest::sample::subsequence(vec![OVERLAY, Ipv6Addr::new(0xfd63, 0, 0, 0, 0, 0, 0, 2)], 0..=2),
+    ) -> State {
+        let devices: BTreeMap<Device, Link> = Device::all().zip(devices).collect();
+        let port = |device: Device| 27473 + u16::from(device.0.get());
+        let key = |device| (device, state::WireGuard { key: private(device).public(), port: port(device) });
+        let links = devices.iter().map(|(device, link)| (Interface::WireGuard(*device), link.clone()));
+        State {
+            wireguard: devices.keys().copied().map(key).collect(),
+            links: links.chain(hop.iter().map(|_| (Interface::Hop, hop_link.clone()))).collect(),
+            hop,
+            routes,
+            rules: rules.into_iter().collect(),
+            nft,
+            overlay: overlay.into_iter().collect(),
+            ..State::default()
+        }
+    }
+}
+
+fn all_rules() -> Vec<Rule> {
+    Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Rule { family, table })).collect()
+}
+
+const OVERLAY: Ipv6Addr = Ipv6Addr::new(0xfd63, 0, 0, 0, 0, 0, 0, 1);
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
@@ -294,34 +287,40 @@ fn net(text: &str) -> IpNetwork {
     text.parse().unwrap()
 }
 
-/// One device, and a route of each kind in both families.
+/// A hop, a device, and a route of each kind in both families.
 fn typical() -> State {
     let device = Device(Ordinal::ZERO);
-    let dev = |source| Route::Dev { device, source: Some(source) };
+    let through = |source| Route::Hop { mtu: Some(1350), source: Some(source) };
     State {
+        hop: Some(Hop { port: 27472, sources: (27456, 27471) }),
         wireguard: BTreeMap::from([(device, state::WireGuard { key: private(device).public(), port: 27473 })]),
-        links: BTreeMap::from([(device, Link::ours(1420))]),
+        links: BTreeMap::from([(Interface::Hop, Link::ours(1450)), (Interface::WireGuard(device), Link::ours(1420))]),
         routes: BTreeMap::from([
-            ((Table::Remote, net("10.44.0.0/16")), dev(OWN[0])),
-            ((Table::Remote, net("fd44::/48")), dev(OWN[1])),
+            ((Table::Remote, net("10.44.0.0/16")), through(OWN[0])),
+            ((Table::Remote, net("fd44::/48")), through(OWN[1])),
             ((Table::Remote, net("10.44.9.9/32")), Route::Throw),
             ((Table::Closed, net("10.44.0.0/16")), Route::Unreachable),
             ((Table::Closed, net("fd44::/48")), Route::Unreachable),
             ((Table::Closed, net("10.44.9.9/32")), Route::Throw),
         ]),
-        rules: Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Rule { family, table })).collect(),
-        nft: Some(Nft {
-            keep_source: BTreeSet::from([
-                (net("10.42.0.0/16"), net("10.44.0.0/16")),
-                (net("fd42::/48"), net("fd44::/48")),
-            ]),
-            admit: BTreeSet::from([
-                (net("10.44.0.0/16"), net("10.42.0.0/16")),
-                (net("10.44.0.0/16"), net("10.42.7.0/24")),
-                (net("fd44::/48"), net("fd42::/48")),
-            ]),
-        }),
+        rules: all_rules().into_iter().collect(),
+        nft: Some(typical_nft()),
+        overlay: BTreeSet::from([OVERLAY]),
         ..State::default()
+    }
+}
+
+fn typical_nft() -> Nft {
+    Nft {
+        keep_source: BTreeSet::from([
+            (net("10.42.0.0/16"), net("10.44.0.0/16")),
+            (net("10.42.7.0/24"), net("10.44.0.0/15")),
+            (net("fd42::/48"), net("fd44::/48")),
+        ]),
+        nodes: ["192.168.7.3", "2001:db8:7::3"].map(|node| node.parse().unwrap()).into(),
+        hop_port: 27472,
+        hop_sources: (27456, 27471),
+        native: BTreeSet::from(["eth0".to_owned()]),
     }
 }
 
@@ -362,28 +361,31 @@ fn damaged_routes_are_repaired() {
         "ip -6 route flush table 7473",
         "ip route flush table 7474; ip -6 route flush table 7474",
         "ip route del 10.44.0.0/16 table 7473",
-        "ip route add 10.44.0.0/16 dev carrick-wg0 metric 5 table 7473",
+        "ip route add 10.44.0.0/16 dev carrick-hop metric 5 table 7473",
         "ip route add 10.44.0.0/16 via 192.168.7.9 metric 0 tos 0x10 table 7473",
         "ip route append 10.44.0.0/16 via 192.168.7.9 table 7473",
         "ip route prepend 10.44.0.0/16 via 192.168.7.9 table 7473",
         "ip route prepend throw 10.44.0.0/16 table 7474",
         "ip route replace 10.44.0.0/16 via 192.168.7.9 table 7473",
-        "ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 mtu 1300 proto kernel table 7473",
-        "ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 proto static table 7473",
-        "ip route replace 10.44.0.0/16 dev carrick-wg0 proto kernel table 7473",
+        "ip route replace 10.44.0.0/16 dev carrick-hop src 10.42.0.1 mtu 1300 proto kernel table 7473",
+        "ip route replace 10.44.0.0/16 dev carrick-hop src 10.42.0.1 mtu lock 1350 proto kernel table 7473",
+        "ip route replace 10.44.0.0/16 dev carrick-hop src 10.42.0.1 proto kernel table 7473",
+        "ip route replace 10.44.0.0/16 dev carrick-wg0 src 10.42.0.1 mtu 1350 proto kernel table 7473",
+        "ip route replace 10.44.0.0/16 dev carrick-hop src 10.42.0.1 mtu 1350 proto static table 7473",
+        "ip route replace 10.44.0.0/16 dev carrick-hop mtu 1350 proto kernel table 7473",
         "ip route replace 10.44.0.0/16 table 7473 nexthop via 192.168.7.8 nexthop via 192.168.7.9",
         "ip route replace blackhole 10.44.0.0/16 table 7474",
         "ip route replace 10.44.9.9/32 via 192.168.7.9 table 7473",
         "ip route add default via 192.168.7.9 table 7473",
         "ip route add 198.51.100.0/24 via 192.168.7.9 table 7474",
-        "ip route add 198.51.100.0/24 dev carrick-wg0 proto kernel table 7473",
+        "ip route add 198.51.100.0/24 dev carrick-hop proto kernel table 7473",
         "ip route del fd44::/48 table 7473",
-        "ip route add fd44::/48 dev carrick-wg0 metric 5 table 7473",
+        "ip route add fd44::/48 dev carrick-hop metric 5 table 7473",
         "ip route append fd44::/48 dev eth0 metric 1024 table 7473",
         "ip route add fd44::/48 via 2001:db8:7::9 metric 2000 table 7473; ip route add fd44::/48 dev lo metric 7 table 7473",
         "ip route replace fd44::/48 via 2001:db8:7::9 table 7473",
         "ip route replace fd44::/48 table 7473 nexthop via 2001:db8:7::8 nexthop via 2001:db8:7::9",
-        "ip route replace fd44::/48 dev carrick-wg0 src fd42::1 mtu 1300 proto kernel table 7473",
+        "ip route replace fd44::/48 dev carrick-hop src fd42::1 mtu 1300 proto kernel table 7473",
         "ip route del fd44::/48 table 7474; ip route add blackhole fd44::/48 table 7474",
         "ip route add default via 2001:db8:7::9 table 7474",
     ]);
@@ -423,21 +425,72 @@ fn damaged_links_are_repaired() {
 }
 
 #[test]
+fn a_damaged_hop_is_repaired() {
+    let renewed = |options: &str| format!("ip link del carrick-hop; ip link add carrick-hop arp off type {options}");
+    let vxlan = |options: &str| renewed(&format!("vxlan {options}"));
+    let others = [
+        vxlan("external dstport 4789 srcport 27456 27471 nolearning udp6zerocsumrx"),
+        vxlan("external dstport 27472 srcport 27456 27470 nolearning udp6zerocsumrx"),
+        vxlan("external dstport 27472 srcport 27456 27471 learning udp6zerocsumrx"),
+        vxlan("external dstport 27472 srcport 27456 27471 nolearning noudp6zerocsumrx"),
+        vxlan("external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx gbp"),
+        vxlan("external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx vnifilter"),
+        vxlan("external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx proxy"),
+        vxlan("id 5 dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx"),
+        renewed("bridge"),
+    ];
+    check_repair(&others.each_ref().map(String::as_str));
+    check_repair(&[
+        "ip link del carrick-hop",
+        "ip link set carrick-hop down",
+        "ip link set carrick-hop arp on",
+        "ip link set carrick-hop mtu 1300",
+        "ip link set carrick-hop down; ip link set carrick-hop addrgenmode eui64 up",
+        "ip addr add 10.9.9.9/32 dev carrick-hop",
+        "ip addr add fd99::1/128 dev carrick-hop",
+        "echo 0 > /proc/sys/net/ipv4/conf/carrick-hop/forwarding",
+        "echo 1 > /proc/sys/net/ipv4/conf/carrick-hop/rp_filter",
+    ]);
+}
+
+#[test]
+fn damaged_overlay_addresses_are_repaired() {
+    check_repair(&[
+        "ip addr del fd63::1/128 dev lo",
+        "ip -6 addr flush dev lo scope global to fd63::/64",
+        "ip addr change fd63::1/128 dev lo preferred_lft forever",
+        "ip addr change fd63::1/128 dev lo valid_lft 9999 preferred_lft 0",
+        "ip addr del fd63::1/128 dev lo; ip addr add fd63::1/128 dev lo preferred_lft 0 nodad noprefixroute",
+        "ip addr del fd63::1/128 dev lo; ip addr add fd63::1/64 dev lo preferred_lft 0 nodad noprefixroute",
+    ]);
+}
+
+#[test]
 fn a_damaged_nft_table_is_replaced() {
     check_repair(&[
         "nft delete table inet carrick",
         "nft flush table inet carrick",
-        "nft flush chain inet carrick admit",
-        "nft flush set inet carrick admit4",
-        "nft flush set inet carrick admit4_wanted",
-        "nft add element inet carrick admit4 '{ 10.0.0.0/8 . 10.42.0.0/16 }'",
+        "nft flush chain inet carrick hop_in",
+        "nft flush chain inet carrick hop_out",
+        "nft flush set inet carrick keep4",
+        "nft flush set inet carrick keep4_wanted",
+        "nft flush set inet carrick nodes4",
+        "nft flush set inet carrick nodes6",
+        "nft flush set inet carrick native",
+        "nft flush set inet carrick hop_wanted",
+        "nft add element inet carrick hop_wanted '{ 1 . 2 . 3 }'",
+        "nft flush set inet carrick hop_wanted; nft add element inet carrick hop_wanted '{ 27472 . 27456 . 27470 }'",
+        "nft add element inet carrick native '{ \"cni0\" }'",
+        "nft add element inet carrick nodes4 '{ 192.168.7.9 }'",
+        "nft add element inet carrick nodes6 '{ 2001:db8:7::9 }'",
+        "nft add element inet carrick keep4 '{ 10.0.0.0/16 . 10.44.0.0/16 }'",
         "nft delete element inet carrick keep4 '{ 10.42.0.0/16 . 10.44.0.0/16 }'",
-        "nft add element inet carrick admit6_wanted '{ fd44:: . 64 . fd42:: . 48 }'",
-        "nft add rule inet carrick admit accept",
-        "nft insert rule inet carrick admit accept comment 'offered'",
+        "nft add element inet carrick keep6_wanted '{ fd42:: . 64 . fd44:: . 48 }'",
+        "nft add rule inet carrick hop_in accept",
+        "nft insert rule inet carrick hop_in accept comment '\"the hop\"'",
         "nft insert rule inet carrick keep_source masquerade",
-        "nft delete rule inet carrick admit handle $(nft -a list table inet carrick | sed -n 's/.*drop.*handle //p')",
-        "nft add chain inet carrick admit '{ policy drop; }'",
+        "nft delete rule inet carrick hop_in handle $(nft -a list table inet carrick | sed -n 's/.*local.*handle //p')",
+        "nft add chain inet carrick hop_in '{ policy drop; }'",
         "nft add chain inet carrick more",
         "nft add set inet carrick more '{ type ipv4_addr; }'",
         "nft add table inet carrick '{ flags dormant; }'",
@@ -447,9 +500,11 @@ fn a_damaged_nft_table_is_replaced() {
         let mut kernel = linux();
         let nft = typical().nft.unwrap();
         kernel.apply(&Op::GrowNft(nft.clone())).await.unwrap();
-        let text = super::nft::render(&nft).replace("priority 99", "priority 101");
-        sh(&format!("nft -f - <<'E'\n{text}\nE"));
-        assert_eq!(read(&mut kernel).await.nft, None);
+        for (ours, other) in [("priority 99", "priority 101"), ("-300", "-299"), ("27471 notrack", "27470 notrack")] {
+            let text = super::nft::render(&nft).replace(ours, other);
+            sh(&format!("nft -f - <<'E'\n{text}\nE"));
+            assert_eq!(read(&mut kernel).await.nft, None);
+        }
     });
 }
 
@@ -476,13 +531,13 @@ fn nothing_is_left_after_a_sweep_of_altered_things() {
         let mut kernel = linux();
         reach(&mut kernel, &typical()).await;
         sh("nft add chain inet carrick more; ip rule add pref 12 table 7474; ip -6 rule add pref 11 table 7473 tos 8");
-        for op in steps(&State::default(), &read(&mut kernel).await).iter().chain(&sweep()).chain(&sweep()) {
+        for op in diff(&State::default(), &read(&mut kernel).await).iter().chain(&sweep()).chain(&sweep()) {
             kernel.apply(op).await.unwrap_or_else(|error| panic!("{op:?}: {error}"));
         }
         assert_eq!(others(), before);
         let ours = "ip route show table 7473; ip route show table 7474; ip -6 route show table 7473
-            ip -6 route show table 7474; ip rule | grep -E '^11:.*lookup 7473|^12:.*lookup 7474'; ip -o link | grep 'carrick-wg0:'
-            nft list tables | grep 'inet carrick$'";
+            ip -6 route show table 7474; ip rule | grep -E '^11:.*lookup 7473|^12:.*lookup 7474'; ip -o link | grep -E 'carrick-(wg0|hop):'
+            ip addr show dev lo | grep fd63::1; nft list tables | grep 'inet carrick$'";
         assert_eq!(sh(&format!("( {ours} ) 2>/dev/null || true")), "");
     });
 }
@@ -494,12 +549,19 @@ fn deleting_what_is_not_there_succeeds_and_setting_without_a_device_says_so() {
         let (table, to) = (Table::Remote, net("10.44.0.0/16"));
         kernel.apply(&Op::DelRoute { table, to }).await.unwrap();
         kernel.apply(&Op::DelRoute { table, to: net("fd44::/48") }).await.unwrap();
+        kernel.apply(&Op::DelOverlay(OVERLAY)).await.unwrap();
+        kernel.apply(&Op::DelLink(Interface::Hop)).await.unwrap();
         let device = Device(Ordinal::ZERO);
-        let error = kernel.apply(&Op::SetLink { device, link: Link::ours(1420) }).await.unwrap_err();
-        assert_eq!(error.to_string(), "carrick-wg0 does not exist: is the tunnel running?");
-        let route = Route::Dev { device, source: None };
+        for (interface, message) in [
+            (Interface::WireGuard(device), "carrick-wg0 does not exist: is the tunnel running?"),
+            (Interface::Hop, "carrick-hop does not exist"),
+        ] {
+            let error = kernel.apply(&Op::SetLink { interface, link: Link::ours(1420) }).await.unwrap_err();
+            assert_eq!(error.to_string(), message);
+        }
+        let route = Route::Hop { mtu: None, source: None };
         let error = kernel.apply(&Op::SetRoute { table, to, route }).await.unwrap_err();
-        assert_eq!(error.to_string(), "carrick-wg0 does not exist: is the tunnel running?");
+        assert_eq!(error.to_string(), "carrick-hop does not exist");
         assert_eq!(
             kernel.apply(&Op::SetRoute { table, to, route: Route::Other }).await.unwrap_err().kind(),
             io::ErrorKind::InvalidInput
@@ -515,7 +577,7 @@ fn a_link_is_deleted_even_if_its_tunnel_does_not_answer() {
     in_netns(|| async {
         let mut kernel = linux();
         sh("ip tuntap add carrick-wg0 mode tun");
-        let error = kernel.apply(&Op::DelDevice { device: Device(Ordinal::ZERO) }).await.unwrap_err();
+        let error = kernel.apply(&Op::DelLink(Interface::WireGuard(Device(Ordinal::ZERO)))).await.unwrap_err();
         assert_eq!(error.to_string(), "carrick-wg0 is deleted, but not let go of: no such device");
         assert_eq!(read(&mut kernel).await, State::default());
     });
@@ -556,8 +618,7 @@ fn repairs_leave_no_gap() {
         }
         let routes = [MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route];
         for to in ["10.44.0.0/16", "fd44::/48"] {
-            for route in [Route::Throw, Route::Unreachable, Route::Dev { device: Device(Ordinal::ZERO), source: None }]
-            {
+            for route in [Route::Throw, Route::Unreachable, Route::Hop { mtu: None, source: None }] {
                 let set = Op::SetRoute { table: Table::Remote, to: net(to), route };
                 assert_eq!(told(&routes, kernel.apply(&set)).await, [new_route], "{set:?}");
             }
@@ -596,9 +657,14 @@ impl Tun {
 
 const UDP: u8 = 17;
 
-/// A UDP packet to port 4444 without payload.
+/// A UDP packet from and to port 4444, without payload.
 fn udp(from: &str, to: &str) -> Vec<u8> {
-    let datagram = |checksum: u16| [&[0x11, 0x5c, 0x11, 0x5c, 0, 8], checksum.to_be_bytes().as_slice()].concat();
+    udp_between((from, 4444), (to, 4444))
+}
+
+fn udp_between((from, from_port): (&str, u16), (to, to_port): (&str, u16)) -> Vec<u8> {
+    let ports = [from_port.to_be_bytes(), to_port.to_be_bytes()].concat();
+    let datagram = |checksum: u16| [&ports, [0, 8].as_slice(), &checksum.to_be_bytes()].concat();
     match (from.parse().unwrap(), to.parse().unwrap()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => {
             let header = |checksum: u16| {
@@ -624,44 +690,85 @@ fn checksum(bytes: &[u8]) -> u16 {
 }
 
 #[test]
-fn only_what_was_offered_comes_out_of_a_tunnel_and_answers_keep_their_source() {
+fn what_goes_to_a_remote_range_keeps_its_source() {
     in_netns(|| async {
-        // The address 10.99.0.1 is what the CNI's masquerade would choose.
-        sh("for a in 10.99.0.1 10.42.0.1 10.42.7.7; do ip addr add $a/32 dev lo; done
-            for a in fd99::1 fd42::1 fd42::7; do ip addr add $a/128 dev lo nodad; done
+        sh("for a in 10.42.0.1 10.42.7.7; do ip addr add $a/32 dev lo; done
+            for a in fd42::1 fd42::7; do ip addr add $a/128 dev lo nodad; done
             nft add table inet cni; nft 'add chain inet cni out { type nat hook postrouting priority 100; }'
-            nft add rule inet cni out oifname carrick-wg0 masquerade");
-        let tunnel = Tun::new("carrick-wg0");
+            nft add rule inet cni out oifname out0 masquerade");
+        let out = Tun::new("out0");
+        sh("ip link set out0 addrgenmode none up; ip addr add 10.99.0.1/32 dev out0
+            ip addr add fd99::1/128 dev out0 nodad
+            ip route add default dev out0; ip -6 route add default dev out0");
         let mut kernel = linux();
-        reach(&mut kernel, &typical()).await;
-        for (own, remote, strangers, node) in [
-            ("10.42.7.7", "10.44.0.9", ["10.45.0.9", "10.42.0.1", "192.168.7.9"], "10.99.0.1"),
-            ("fd42::7", "fd44::9", ["fd45::9", "fd42::1", "2001:db8:7::9"], "fd99::1"),
-        ] {
+        reach(&mut kernel, &State { nft: Some(typical_nft()), ..State::default() }).await;
+        for (own, remote, elsewhere) in
+            [("10.42.7.7", "10.44.0.9", "203.0.113.9"), ("fd42::7", "fd44::9", "2001:db8:99::9")]
+        {
             let socket = tokio::net::UdpSocket::bind((own.parse::<IpAddr>().unwrap(), 4444)).await.unwrap();
-            for stranger in strangers {
-                tunnel.send(&udp(stranger, own)).await;
-            }
-            tunnel.send(&udp(remote, node)).await;
-            tunnel.send(&udp(remote, own)).await;
-            let received = tokio::time::timeout(Duration::from_secs(20), socket.recv_from(&mut [0; 9])).await;
-            let (_, sender) = received.expect("the offered packet").unwrap();
-            assert_eq!(sender.ip(), remote.parse::<IpAddr>().unwrap());
-            socket.send_to(b"answer", sender).await.unwrap();
-            assert_eq!(tunnel.next().await, (own.parse().unwrap(), remote.parse().unwrap(), UDP));
-            // Not an answer but a connection of its own, which the CNI would masquerade.
+            socket.send_to(b"question", (elsewhere, 5555)).await.unwrap();
+            let (source, ..) = out.next().await;
+            assert_ne!(source, own.parse::<IpAddr>().unwrap(), "the test's masquerade works");
             socket.send_to(b"question", (remote, 5555)).await.unwrap();
-            assert_eq!(tunnel.next().await, (own.parse().unwrap(), remote.parse().unwrap(), UDP));
+            assert_eq!(out.next().await, (own.parse().unwrap(), remote.parse().unwrap(), UDP));
+            // Not an answer but a connection of its own.
+            out.send(&udp(remote, own)).await;
+            let received = tokio::time::timeout(Duration::from_secs(20), socket.recv_from(&mut [0; 9])).await;
+            let (_, sender) = received.expect("a packet").unwrap();
+            socket.send_to(b"answer", sender).await.unwrap();
+            assert_eq!(out.next().await, (own.parse().unwrap(), remote.parse().unwrap(), UDP));
         }
-        let chain = sh("nft list chain inet carrick admit");
-        assert!(chain.contains("counter packets 8 bytes"), "{chain}");
-        // What was dropped has left no trace in connection tracking.
-        assert_eq!(sh("conntrack -L -f ipv4 2>/dev/null; conntrack -L -f ipv6 2>/dev/null").lines().count(), 4);
+    });
+}
+
+/// What the node has tracked, a line for each connection.
+fn tracked() -> usize {
+    sh("conntrack -L -f ipv4 2>/dev/null; conntrack -L -f ipv6 2>/dev/null").lines().count()
+}
+
+#[test]
+fn a_pod_reaches_no_hop_port_and_the_hop_is_not_tracked() {
+    in_netns(|| async {
+        let (pod, underlay) = (Tun::new("pod0"), Tun::new("eth0"));
+        sh("echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
+            for link in pod0 eth0; do echo 0 > /proc/sys/net/ipv4/conf/$link/rp_filter; done
+            ip link set pod0 addrgenmode none up; ip link set eth0 addrgenmode none up
+            ip addr add 192.168.7.2/24 dev eth0; ip addr add 2001:db8:7::2/64 dev eth0 nodad
+            ip addr add 10.42.0.1/32 dev lo; ip addr add fd42::1/128 dev lo nodad
+            ip route add 10.42.0.0/16 dev pod0; ip route add fd42::/48 dev pod0");
+        let mut kernel = linux();
+        reach(&mut kernel, &State { nft: Some(typical_nft()), ..State::default() }).await;
+        for (own, node, on_pods_side, other, pods) in [
+            ("0.0.0.0", "192.168.7.2", "10.42.0.1", "192.168.7.3", "10.42.7.7"),
+            ("::", "2001:db8:7::2", "fd42::1", "2001:db8:7::3", "fd42::7"),
+        ] {
+            let any = own.parse::<IpAddr>().unwrap();
+            let hop = tokio::net::UdpSocket::bind((any, 27472)).await.unwrap();
+            let before = tracked();
+            for source in [pods, other] {
+                for to in [node, on_pods_side, other] {
+                    pod.send(&udp_between((source, 27456), (to, 27472))).await;
+                }
+            }
+            // Every other port of theirs is theirs to use; nothing forged came before it.
+            pod.send(&udp_between((pods, 27456), (other, 27471))).await;
+            assert_eq!(underlay.next().await, (pods.parse().unwrap(), other.parse().unwrap(), UDP));
+            assert_eq!(tracked(), before + 1);
+            underlay.send(&udp_between((other, 27471), (node, 27472))).await;
+            let received = tokio::time::timeout(Duration::from_secs(20), hop.recv_from(&mut [0; 9])).await;
+            assert_eq!(received.expect("the hop's").unwrap().1, (other.parse::<IpAddr>().unwrap(), 27471).into());
+            let own_hop = tokio::net::UdpSocket::bind((any, 27460)).await.unwrap();
+            own_hop.send_to(b"", (other, 27472)).await.unwrap();
+            assert_eq!(underlay.next().await, (node.parse().unwrap(), other.parse().unwrap(), UDP));
+            assert_eq!(tracked(), before + 1);
+        }
+        let dropped = "nft list chain inet carrick hop_in | grep -o 'packets [0-9]*'";
+        assert_eq!(sh(dropped), "packets 2\npackets 2\npackets 8\n");
     });
 }
 
 #[test]
-fn without_the_tunnels_device_nothing_for_a_remote_range_is_forwarded() {
+fn without_the_hop_nothing_for_a_remote_range_is_forwarded() {
     in_netns(|| async {
         let (pod, out) = (Tun::new("pod0"), Tun::new("out0"));
         sh("echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
@@ -672,8 +779,7 @@ fn without_the_tunnels_device_nothing_for_a_remote_range_is_forwarded() {
             ip route add default dev out0; ip -6 route add default dev out0");
         let mut kernel = linux();
         reach(&mut kernel, &typical()).await;
-        kernel.wireguard.0.clear();
-        sh("ip link del carrick-wg0");
+        sh("ip link del carrick-hop");
         let (icmp, icmpv6) = (1, 58);
         for (own, gateway, remote, throw, elsewhere, refusal) in [
             ("10.42.7.7", "10.42.0.1", "10.44.0.9", Some("10.44.9.9"), "203.0.113.9", icmp),

@@ -21,7 +21,10 @@ use super::{
     walk::{Found, Places, Tree, walk},
     yaml::shown,
 };
-use crate::{api::Objects, kernel::lease::is_being_written};
+use crate::{
+    api::{Objects, v1},
+    kernel::lease::is_being_written,
+};
 
 /// Bytes of one manifest.
 const MAX_FILE: u64 = 1 << 20;
@@ -205,6 +208,8 @@ fn merge(known: &BTreeMap<PathBuf, Known>) -> (Objects, Vec<Problem>) {
                 Object::Advertisement(object) => objects.advertisements.push(object),
                 Object::Policy(object) => objects.policies.push(object),
                 Object::Gateway(object) => objects.gateways.push(object),
+                Object::Node(object) => objects.nodes.push(object),
+                Object::Pod(object) => objects.pods.push(object),
             }
         }
     }
@@ -212,6 +217,8 @@ fn merge(known: &BTreeMap<PathBuf, Known>) -> (Objects, Vec<Problem>) {
     objects.advertisements.sort_by_key(ResourceExt::name_any);
     objects.policies.sort_by_key(ResourceExt::name_any);
     objects.gateways.sort_by_key(ResourceExt::name_any);
+    objects.nodes.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
+    objects.pods.sort_by_key(v1::Pod::full_name);
     (objects, problems)
 }
 
@@ -444,7 +451,7 @@ mod tests {
             incomplete
             MeshCluster/a 1
             MeshCluster/b 2
-            b.yaml:6 (document 2): kind: "Mesh" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway: take it out of the folder (what it said before stays in force)
+            b.yaml:6 (document 2): kind: "Mesh" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod: take it out of the folder (what it said before stays in force)
             c.yaml:1 (document 1): is not YAML: unclosed bracket '['
         "#]]);
 

@@ -10,16 +10,16 @@ use super::{
     strict,
     yaml::{self, Flaw, Node, Value, document_at, shown},
 };
-use crate::api::{EgressPolicy, MeshCluster, MeshGateway, RouteAdvertisement};
+use crate::api::{EgressPolicy, MeshCluster, MeshGateway, RouteAdvertisement, v1};
 
-/// What every document says it is.
+/// What each document of ours says it is.
 const API_VERSION: &str = "carrick.dev/v1alpha1";
 
-/// The kinds of [`API_VERSION`].
-const KINDS: [&str; 4] = ["MeshCluster", "RouteAdvertisement", "EgressPolicy", "MeshGateway"];
+/// The kinds that are read.
+const KINDS: [&str; 6] = ["MeshCluster", "RouteAdvertisement", "EgressPolicy", "MeshGateway", "Node", "Pod"];
 
 /// Kinds of Kubernetes and its CNIs that a member's own folder will hold.
-const FORESEEN: [&str; 5] = ["Node", "Pod", "Service", "EndpointSlice", "CiliumNode"];
+const FORESEEN: [&str; 3] = ["Service", "EndpointSlice", "CiliumNode"];
 
 /// Flaws reported of one file; one broken template must not fill a log.
 const MAX_FLAWS: usize = 20;
@@ -38,6 +38,8 @@ pub(super) enum Object {
     Advertisement(RouteAdvertisement),
     Policy(EgressPolicy),
     Gateway(MeshGateway),
+    Node(v1::Node),
+    Pod(v1::Pod),
 }
 
 impl Object {
@@ -47,15 +49,20 @@ impl Object {
             Object::Advertisement(_) => "RouteAdvertisement",
             Object::Policy(_) => "EgressPolicy",
             Object::Gateway(_) => "MeshGateway",
+            Object::Node(_) => "Node",
+            Object::Pod(_) => "Pod",
         }
     }
 
+    /// With the namespace, where the kind has one.
     pub(super) fn name(&self) -> String {
         match self {
             Object::Cluster(object) => object.name_any(),
             Object::Advertisement(object) => object.name_any(),
             Object::Policy(object) => object.name_any(),
             Object::Gateway(object) => object.name_any(),
+            Object::Node(object) => object.metadata.name.clone(),
+            Object::Pod(object) => object.full_name(),
         }
     }
 }
@@ -113,7 +120,9 @@ fn read(node: &Node) -> Result<Object, Vec<Flaw>> {
         "MeshCluster" => typed(node).map(Object::Cluster),
         "RouteAdvertisement" => typed(node).map(Object::Advertisement),
         "EgressPolicy" => typed(node).map(Object::Policy),
-        _ => typed(node).map(Object::Gateway),
+        "MeshGateway" => typed(node).map(Object::Gateway),
+        "Node" => strict::part(node).map(Object::Node),
+        _ => strict::part(node).map(Object::Pod),
     }
 }
 
@@ -121,7 +130,7 @@ fn typed<T: DeserializeOwned>(node: &Node) -> Result<T, Vec<Flaw>> {
     strict::object(node, &["apiVersion", "kind"])
 }
 
-/// The document's kind, one of [`KINDS`], with the right version.
+/// The document's kind, one of [`KINDS`], in the right version.
 fn kind(node: &Node) -> Result<&'static str, Flaw> {
     if !matches!(node.value, Value::Map(_)) {
         return Err(Flaw::at(node.line, "is not an object: a mapping with apiVersion, kind, metadata and spec"));
@@ -130,15 +139,15 @@ fn kind(node: &Node) -> Result<&'static str, Flaw> {
     let Some(given) = text(node, "kind") else {
         return Err(Flaw::at(line_of("kind"), format!("kind: is missing: one of {}", KINDS.join(", "))));
     };
-    let version = text(node, "apiVersion");
     if let Some(kind) = KINDS.iter().find(|kind| **kind == given) {
-        return match version {
-            Some(API_VERSION) => Ok(kind),
+        let wanted = version_of(kind);
+        return match text(node, "apiVersion") {
+            Some(version) if version == wanted => Ok(kind),
             Some(other) => Err(Flaw::at(
                 line_of("apiVersion"),
-                format!("apiVersion: {kind} is of {API_VERSION}, not of {}", shown(other)),
+                format!("apiVersion: {kind} is of {wanted}, not of {}", shown(other)),
             )),
-            None => Err(Flaw::at(line_of("apiVersion"), format!("apiVersion: is missing: {API_VERSION}"))),
+            None => Err(Flaw::at(line_of("apiVersion"), format!("apiVersion: is missing: {wanted}"))),
         };
     }
     let message = match strict::nearest(given, &KINDS) {
@@ -149,13 +158,18 @@ fn kind(node: &Node) -> Result<&'static str, Flaw> {
     Err(Flaw::at(line_of("kind"), message))
 }
 
-/// Every kind of ours is cluster-scoped and has a name.
+/// The version of one of [`KINDS`].
+fn version_of(kind: &str) -> &'static str {
+    if matches!(kind, "Node" | "Pod") { "v1" } else { API_VERSION }
+}
+
+/// Every object has a name, and every kind but Pod is cluster-scoped.
 fn check_metadata(node: &Node, kind: &str) -> Result<(), Flaw> {
     let Some(metadata) = node.value.get("metadata") else {
         return Err(Flaw::at(node.line, "metadata.name: is missing"));
     };
     let given = |field| metadata.value.get(field).filter(|node| !matches!(node.value, Value::Null));
-    if let Some(namespace) = given("namespace") {
+    if let Some(namespace) = given("namespace").filter(|_| kind != "Pod") {
         let message = format!("metadata.namespace: a {kind} belongs to no namespace: leave the field out");
         return Err(Flaw::at(namespace.line, message));
     }
@@ -262,6 +276,175 @@ mod tests {
         );
     }
 
+    /// `kubectl get nodes,pods -o yaml`, shortened where it only repeats itself.
+    const KUBECTL: &str = r#"apiVersion: v1
+items:
+- apiVersion: v1
+  kind: Node
+  metadata:
+    annotations:
+      flannel.alpha.coreos.com/backend-data: '{"VNI":1,"VtepMAC":"fe:2a:84:03:28:b2"}'
+      volumes.kubernetes.io/controller-managed-attach-detach: "true"
+    creationTimestamp: "2026-01-02T03:04:05Z"
+    finalizers:
+    - wrangler.cattle.io/node
+    labels:
+      kubernetes.io/hostname: n1
+    name: n1
+    resourceVersion: "1311"
+    uid: 8a4e0b4b-3d2c-4c59-8f37-6d1c2c2f6f0c
+  spec:
+    podCIDR: 10.42.0.0/24
+    podCIDRs:
+    - 10.42.0.0/24
+    providerID: k3s://n1
+    taints:
+    - effect: NoSchedule
+      key: node.kubernetes.io/unreachable
+      timeAdded: "2026-01-02T03:04:06Z"
+  status:
+    addresses:
+    - address: 192.0.2.1
+      type: InternalIP
+    - address: n1
+      type: Hostname
+    allocatable:
+      cpu: "2"
+      memory: 4025780Ki
+    conditions:
+    - lastHeartbeatTime: "2026-01-02T03:09:05Z"
+      message: kubelet is posting ready status
+      status: "True"
+      type: Ready
+    daemonEndpoints:
+      kubeletEndpoint:
+        Port: 10250
+    images:
+    - names:
+      - docker.io/rancher/klipper-lb@sha256:0000
+      sizeBytes: 4990278
+    nodeInfo:
+      bootID: 0e0b1b5e-0000-0000-0000-000000000000
+      swap: {capacity: 0}
+- apiVersion: v1
+  kind: Pod
+  metadata:
+    name: coredns-5688667fd4-abcde
+    namespace: kube-system
+    ownerReferences:
+    - {apiVersion: apps/v1, blockOwnerDeletion: true, controller: true, kind: ReplicaSet, name: coredns, uid: a}
+  spec:
+    containers:
+    - args: [-conf, /etc/coredns/Corefile]
+      image: coredns
+      livenessProbe: {httpGet: {path: /health, port: 8080}, periodSeconds: 10}
+      name: coredns
+      env:
+      - {name: EMPTY}
+      - name: KEY
+        value: null
+    hostNetwork: null
+    nodeName: n1
+    tolerations:
+    - {key: CriticalAddonsOnly, operator: Exists}
+  status:
+    phase: Running
+    podIP: 10.42.0.3
+    podIPs:
+    - ip: 10.42.0.3
+    qosClass: Burstable
+kind: List
+metadata:
+  resourceVersion: ""
+"#;
+
+    #[test]
+    fn nodes_and_pods_as_kubectl_prints_them() {
+        check(KUBECTL, expect![[r#"
+            3 Node/n1
+            50 Pod/kube-system/coredns-5688667fd4-abcde
+        "#]]);
+        let items = parse(KUBECTL.as_bytes()).unwrap();
+        expect![[r#"
+            [
+                Node(
+                    Node {
+                        metadata: Metadata {
+                            name: "n1",
+                            namespace: "",
+                        },
+                        spec: NodeSpec {
+                            pod_cidr: "10.42.0.0/24",
+                            pod_cidrs: [
+                                "10.42.0.0/24",
+                            ],
+                        },
+                        status: NodeStatus {
+                            addresses: [
+                                NodeAddress {
+                                    kind: "InternalIP",
+                                    address: "192.0.2.1",
+                                },
+                                NodeAddress {
+                                    kind: "Hostname",
+                                    address: "n1",
+                                },
+                            ],
+                        },
+                    },
+                ),
+                Pod(
+                    Pod {
+                        metadata: Metadata {
+                            name: "coredns-5688667fd4-abcde",
+                            namespace: "kube-system",
+                        },
+                        spec: PodSpec {
+                            node_name: "n1",
+                            host_network: false,
+                        },
+                        status: PodStatus {
+                            phase: "Running",
+                            pod_ip: "10.42.0.3",
+                            pod_ips: [
+                                PodIp {
+                                    ip: "10.42.0.3",
+                                },
+                            ],
+                        },
+                    },
+                ),
+            ]"#]].assert_eq(&format!("{:#?}", items.iter().map(|item| &item.object).collect::<Vec<_>>()));
+    }
+
+    /// The fields that are read are read as strictly as others.
+    #[test]
+    fn nodes_and_pods_that_are_none() {
+        let pod = |rest: &str| format!("{{apiVersion: v1, kind: Pod, metadata: {{name: a}}, {rest}}}");
+        let bad = [
+            "{apiVersion: v1, kind: Node, metadata: {name: a, namespace: b}}".to_owned(),
+            "{apiVersion: carrick.dev/v1alpha1, kind: Node, metadata: {name: a}}".to_owned(),
+            "{apiVersion: v1, kind: MeshGateway, metadata: {name: '0'}}".to_owned(),
+            "{kind: Pod, metadata: {name: a}}".to_owned(),
+            "{apiVersion: v1, kind: Pod, metadata: {}}".to_owned(),
+            "{apiVersion: v1, kind: Node, metadata: {name: a}, spec: {podCIDRs: 10.0.0.0/24}}".to_owned(),
+            pod("spec: {nodeName: 7}"),
+            pod("spec: {hostNetwork: 'yes'}"),
+            pod("status: {podIPs: [10.0.0.1]}"),
+        ];
+        check_each(&bad, expect![[r#"
+            line 1 (1): metadata.namespace: a Node belongs to no namespace: leave the field out
+            line 1 (1): apiVersion: Node is of v1, not of "carrick.dev/v1alpha1"
+            line 1 (1): apiVersion: MeshGateway is of carrick.dev/v1alpha1, not of "v1"
+            line 1 (1): apiVersion: is missing: v1
+            line 1 (1): metadata.name: is missing
+            line 1 (1): spec.podCIDRs: is a text, must be a list
+            line 1 (1): spec.nodeName: is the number 7, must be a text: put it in quotes
+            line 1 (1): spec.hostNetwork: is a text, must be a boolean
+            line 1 (1): status.podIPs[0]: is a text, must be a mapping
+        "#]]);
+    }
+
     #[test]
     fn what_kubectl_leaves_in_a_manifest_is_read() {
         check(
@@ -365,7 +548,7 @@ mod tests {
             "kind: MeshClutser\napiVersion: carrick.dev/v1alpha1\n".to_owned(),
             "kind: Deployment\napiVersion: apps/v1\n".to_owned(),
             format!("kind: {SECRET}\n"),
-            "{apiVersion: v1, kind: Node, metadata: {name: a}}".to_owned(),
+            "{apiVersion: v1, kind: Service, metadata: {name: a}}".to_owned(),
             "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster}".to_owned(),
             "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster, name: a, metadata: {}}".to_owned(),
             "{apiVersion: carrick.dev/v1alpha1, kind: MeshCluster, metadata: {name: ''}}".to_owned(),
@@ -374,20 +557,20 @@ mod tests {
         check_each(
             &texts,
             expect![[r#"
-            line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
-            line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
-            line 1 (1): kind: is missing: one of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway
-            line 1 (1): apiVersion: is missing: carrick.dev/v1alpha1
-            line 2 (1): apiVersion: MeshCluster is of carrick.dev/v1alpha1, not of "carrick.dev/v1"
-            line 1 (1): kind: "MeshClutser" is unknown, did you mean "MeshCluster"?
-            line 1 (1): kind: "Deployment" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway: take it out of the folder
-            line 1 (1): kind: (not shown) is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway: take it out of the folder
-            line 1 (1): kind: Node is not supported yet: take it out of the folder
-            line 1 (1): metadata.name: is missing
-            line 1 (1): metadata.name: is missing
-            line 1 (1): metadata.name: is empty
-            line 5 (1): metadata.namespace: a MeshCluster belongs to no namespace: leave the field out
-        "#]],
+                line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
+                line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
+                line 1 (1): kind: is missing: one of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod
+                line 1 (1): apiVersion: is missing: carrick.dev/v1alpha1
+                line 2 (1): apiVersion: MeshCluster is of carrick.dev/v1alpha1, not of "carrick.dev/v1"
+                line 1 (1): kind: "MeshClutser" is unknown, did you mean "MeshCluster"?
+                line 1 (1): kind: "Deployment" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod: take it out of the folder
+                line 1 (1): kind: (not shown) is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod: take it out of the folder
+                line 1 (1): kind: Service is not supported yet: take it out of the folder
+                line 1 (1): metadata.name: is missing
+                line 1 (1): metadata.name: is missing
+                line 1 (1): metadata.name: is empty
+                line 5 (1): metadata.namespace: a MeshCluster belongs to no namespace: leave the field out
+            "#]],
         );
     }
 

@@ -1,5 +1,6 @@
 //! From a [`Node`] to a typed object, as strictly as `kubectl` does it: a field that the type does not have is an
-//! error, and every error names the field's path and line, never its value.
+//! error, and every error names the field's path and line, never its value. An object of somebody else's API, of which
+//! the type holds a part only ([`part`]), may have any fields.
 
 use std::{cell::RefCell, fmt};
 
@@ -14,7 +15,7 @@ use super::yaml::{Flaw, Key, Node, Value, shown};
 /// Reads a whole object. `ignored` are fields of its root that the caller has read.
 pub(super) fn object<'de, T: Deserialize<'de>>(node: &'de Node, ignored: &[&str]) -> Result<T, Vec<Flaw>> {
     let unknown = RefCell::default();
-    let read = T::deserialize(Place { node, path: Path::Root { ignored }, unknown: &unknown });
+    let read = T::deserialize(Place { node, path: Path::Root { ignored }, unknown: Some(&unknown) });
     let mut flaws = unknown.into_inner();
     match read {
         Ok(object) if flaws.is_empty() => Ok(object),
@@ -24,6 +25,12 @@ pub(super) fn object<'de, T: Deserialize<'de>>(node: &'de Node, ignored: &[&str]
             Err(flaws)
         }
     }
+}
+
+/// Reads what the type has of an object. Other fields are ignored, and `null` is as good as no field.
+pub(super) fn part<'de, T: Deserialize<'de>>(node: &'de Node) -> Result<T, Vec<Flaw>> {
+    let place = Place { node, path: Path::Root { ignored: &[] }, unknown: None };
+    T::deserialize(place).map_err(|fault| vec![fault.flaw()])
 }
 
 /// Where in the object we are. `Display` is as a user would write it: `spec.gateways[1].publicKey`.
@@ -50,7 +57,8 @@ impl fmt::Display for Path<'_> {
 struct Place<'de, 'a> {
     node: &'de Node,
     path: Path<'a>,
-    unknown: &'a RefCell<Vec<Flaw>>,
+    /// Where fields that the type lacks are told; `None`: they may be there.
+    unknown: Option<&'a RefCell<Vec<Flaw>>>,
 }
 
 impl<'de> Place<'de, '_> {
@@ -163,8 +171,13 @@ impl<'de> MapAccess<'de> for Entries<'de, '_> {
                 continue;
             }
             if let Some(known) = self.known.filter(|known| !known.contains(&name)) {
-                let path = Path::Field(&self.place.path, name);
-                self.place.unknown.borrow_mut().push(Flaw::at(entry.0.line, unknown(&path, name, known)));
+                if let Some(flaws) = self.place.unknown {
+                    let path = Path::Field(&self.place.path, name);
+                    flaws.borrow_mut().push(Flaw::at(entry.0.line, unknown(&path, name, known)));
+                }
+                continue;
+            }
+            if self.place.unknown.is_none() && matches!(entry.1.value, Value::Null) {
                 continue;
             }
             self.value = Some(entry);

@@ -1,6 +1,6 @@
 //! Carries a [`Verdict`] out.
 //!
-//! Invariant: what leaves by the hop has the tunnel key and both MACs, and no mark; every drop is counted.
+//! Invariant: what leaves by the hop has a tunnel key, both MACs and no mark; every drop is counted.
 
 use aya_ebpf::{
     bindings::{BPF_F_DONT_FRAGMENT, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key},
@@ -12,7 +12,7 @@ use super::{
     Entry,
     decide::{Decision, Kind, Verdict},
     icmp,
-    maps::{self, V4_MARK, Words, words},
+    maps::{self, NONE, V4_MARK, Words, words},
     packet::{ETH_LEN, ETH_P_IP, ETH_P_IPV6},
     probe,
     skb::{Refused, Skb, redirect, redirect_ingress},
@@ -24,8 +24,8 @@ pub const NEXT: i32 = -1;
 const SHOT: i32 = 2;
 /// `pkt_type` of a packet for this host.
 const PACKET_HOST: u32 = 0;
-/// The source MAC of what is injected: of no device, so that no device takes it for its own.
-const INJECTED: [u8; 6] = [2, 0, 0, 0, 0, 0];
+/// The source MAC of what is injected: that of no device, so that no device takes it for its own.
+const NO_MAC: [u8; 6] = [0; 6];
 
 /// Where a program runs, and so how packets leave it.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -65,13 +65,19 @@ pub fn carry_out<E: Entry>(scene: Scene<'_>, decision: Decision) -> i32 {
         Kind::Node | Kind::Device => out::<E>(scene, &verdict),
         Kind::Answer => match probe::answer(scene.skb, scene.l2) {
             Ok(()) => back::<E>(scene, 0),
-            Err(Refused) => Err(Refused),
+            Err(refused) => Err(refused.into()),
         },
         Kind::TooBig => return too_big::<E>(scene, verdict.number),
     };
     match done {
         Ok(action) => action,
-        Err(Refused) => drop::<E>(Reason::HelperFailed),
+        Err(reason) => drop::<E>(reason),
+    }
+}
+
+impl From<Refused> for Reason {
+    fn from(_: Refused) -> Reason {
+        Reason::HelperFailed
     }
 }
 
@@ -90,14 +96,14 @@ pub fn drop<E: Entry>(reason: Reason) -> i32 {
 
 /// VXLAN took it for another host's, by its MAC.
 #[inline(always)]
-fn up<E: Entry>(scene: Scene<'_>) -> Result<i32, Refused> {
+fn up<E: Entry>(scene: Scene<'_>) -> Result<i32, Reason> {
     scene.skb.change_type(PACKET_HOST)?;
     E::saw(seen::STACK, 0, 0);
     Ok(NEXT)
 }
 
 #[inline(always)]
-fn out<E: Entry>(scene: Scene<'_>, verdict: &Verdict) -> Result<i32, Refused> {
+fn out<E: Entry>(scene: Scene<'_>, verdict: &Verdict) -> Result<i32, Reason> {
     if verdict.hop {
         take_one_from_ttl(scene.skb, scene.l2)?;
     }
@@ -107,17 +113,17 @@ fn out<E: Entry>(scene: Scene<'_>, verdict: &Verdict) -> Result<i32, Refused> {
     if verdict.kind == Kind::Node {
         by_hop::<E>(scene, &verdict.node, 0)
     } else {
-        Ok(by_device::<E>(scene, verdict.number, 0))
+        Ok(by_device::<E>(verdict.number, 0))
     }
 }
 
 /// Sends what was made of a packet to where the packet came from. `reason`: as of [`Entry::saw`].
 #[inline(always)]
-fn back<E: Entry>(scene: Scene<'_>, reason: u32) -> Result<i32, Refused> {
+fn back<E: Entry>(scene: Scene<'_>, reason: u32) -> Result<i32, Reason> {
     match scene.place {
         Place::Hop | Place::Native => inject::<E>(scene, reason),
         Place::FromHop => by_hop::<E>(scene, &scene.from, reason),
-        Place::FromPeer => Ok(by_device::<E>(scene, scene.skb.ifindex(), reason)),
+        Place::FromPeer => Ok(by_device::<E>(scene.skb.ifindex(), reason)),
     }
 }
 
@@ -134,25 +140,28 @@ fn too_big<E: Entry>(scene: Scene<'_>, limit: u32) -> i32 {
 }
 
 #[inline(always)]
-fn inject<E: Entry>(scene: Scene<'_>, reason: u32) -> Result<i32, Refused> {
-    ethernet(scene, &scene.config.hop_mac, &INJECTED)?;
+fn inject<E: Entry>(scene: Scene<'_>, reason: u32) -> Result<i32, Reason> {
+    ethernet(scene, &scene.config.hop_mac, &NO_MAC)?;
     E::saw(seen::INGRESS, scene.config.hop_ifindex, reason);
     Ok(redirect_ingress(scene.config.hop_ifindex))
 }
 
 #[inline(always)]
-fn by_device<E: Entry>(scene: Scene<'_>, ifindex: u32, reason: u32) -> i32 {
-    scene.skb.clear_mark();
+fn by_device<E: Entry>(ifindex: u32, reason: u32) -> i32 {
     E::saw(seen::DEVICE, ifindex, reason);
     redirect(ifindex)
 }
 
 #[inline(always)]
-fn by_hop<E: Entry>(scene: Scene<'_>, node: &Words, reason: u32) -> Result<i32, Refused> {
+fn by_hop<E: Entry>(scene: Scene<'_>, node: &Words, reason: u32) -> Result<i32, Reason> {
     let Scene { skb, config, .. } = scene;
+    let local = words(&config.hop[usize::from(!is_v4(node))]);
+    if local == NONE {
+        return Err(Reason::NoDevice);
+    }
+    // The outer packet is routed by the mark, which a CNI may have given a meaning of its own.
     skb.clear_mark();
     ethernet(scene, &config.mac[0], &config.hop_mac)?;
-    let local = words(&config.hop[usize::from(!is_v4(node))]);
     set_key(skb, config.vni[0], node, &local)?;
     E::keyed(config.vni[0], node, &local);
     if scene.place == Place::Hop {

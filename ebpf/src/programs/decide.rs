@@ -96,20 +96,13 @@ pub fn steer(skb: Skb, config: &Config) -> Decision {
 /// Egress of a native device.
 #[inline(always)]
 pub fn steer_native(skb: Skb, config: &Config, packet: &Packet) -> Decision {
-    let ports = packet.udp_ports(skb);
-    let own = skb.ingress_ifindex() == 0;
-    if !own && ports.is_some_and(|(_, to)| to == config.hop_port) && maps::node(&packet.destination).is_some() {
+    let forwarded = skb.ingress_ifindex() != 0;
+    let to_hop = forwarded && packet.udp_ports(skb).is_some_and(|(_, to)| to == config.hop_port);
+    if to_hop && maps::node(&packet.destination).is_some() {
         return Err(Reason::HopForged);
     }
     match maps::remote(&packet.destination) {
-        Some(Remote { member, kind: remote::RANGE, .. }) => {
-            let first = config.wireguard_port;
-            let ours = |port: u16| (first..first.saturating_add(u16::from(SLOTS))).contains(&port);
-            if own && ports.is_some_and(|(from, _)| ours(from)) {
-                return Err(Reason::Loop);
-            }
-            to_member(skb, config, packet, *member, Hops::Any)
-        }
+        Some(Remote { member, kind: remote::RANGE, .. }) => to_member(skb, config, packet, *member, Hops::Any),
         Some(Remote { kind: remote::OVERLAY, .. }) => Err(Reason::NotForOverlay),
         _ => Ok(Verdict::of(Kind::Next, 0)),
     }
@@ -128,10 +121,9 @@ pub fn from_hop(skb: Skb, config: &Config, key: &Key) -> Decision {
     }
     let packet = &Packet::parse(skb, ETH_LEN)?;
     let lives_there = maps::home(&packet.source).is_some_and(|home| home == words(&node.home));
-    let is_here = maps::home(&packet.destination) == Some(NONE);
     if !lives_there {
         let is_remote = matches!(maps::remote(&packet.source), Some(Remote { kind: remote::RANGE, .. }));
-        if !from_gateway || !is_remote || !is_here {
+        if !from_gateway || !is_remote || !lives_here(packet) {
             return Err(Reason::HopForeignSource);
         }
     }
@@ -140,16 +132,21 @@ pub fn from_hop(skb: Skb, config: &Config, key: &Key) -> Decision {
             if !lives_there || packet.destination != words(&config.overlay) {
                 return Err(Reason::NotForOverlay);
             }
-            of_probe(skb, config, packet, Verdict::of(Kind::Stack, 0))
+            of_probe(skb, config, packet, Kind::Stack)
         }
-        Some(Remote { member, kind: remote::RANGE, .. }) if config.slot != NO_SLOT => {
+        Some(Remote { member, kind: remote::RANGE, .. }) if lives_there && config.slot != NO_SLOT => {
             let verdict = to_member(skb, config, packet, *member, Hops::Last)?;
             let expires = packet.ttl <= 1 && verdict.kind == Kind::Device;
             Ok(if expires { Verdict::of(Kind::Stack, 0) } else { verdict })
         }
-        _ if is_here => Ok(Verdict::of(Kind::Stack, 0)),
+        _ if lives_here(packet) => Ok(Verdict::of(Kind::Stack, 0)),
         _ => Err(Reason::HopForeignSource),
     }
+}
+
+#[inline(always)]
+fn lives_here(packet: &Packet) -> bool {
+    maps::home(&packet.destination).is_some_and(|home| home == NONE)
 }
 
 /// Ingress of a WireGuard device.
@@ -165,7 +162,7 @@ pub fn from_peer(skb: Skb, config: &Config, l2: u32) -> Decision {
         if kind != remote::OVERLAY || packet.destination != words(&config.overlay) {
             return Err(Reason::NotForOverlay);
         }
-        return of_probe(skb, config, packet, Verdict::of(Kind::Inject, 0));
+        return of_probe(skb, config, packet, Kind::Inject);
     }
     if !maps::is_offered(&packet.destination, member) {
         return Err(Reason::NotOffered);
@@ -193,6 +190,9 @@ enum Hops {
 /// Steers what is for a member.
 #[inline(always)]
 fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, hops: Hops) -> Decision {
+    if hops == Hops::Any && is_our_tunnel(skb, config, packet) {
+        return Err(Reason::Loop);
+    }
     if !maps::is_offered(&packet.source, member) {
         return Err(Reason::SourceNotOffered);
     }
@@ -203,18 +203,34 @@ fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, hops: Hops
         return Ok(Verdict::of(Kind::TooBig, limit));
     }
     note_traffic(member);
-    let flow = flow(&packet.source, &packet.destination, packet.protocol);
     let hop = hops == Hops::Last;
     if config.slot != NO_SLOT
-        && let Some(slot) = choose(flow, reach.links)
+        && let Some(slot) = chosen(packet, reach.links)
     {
         return Ok(device(config, slot)?.as_hop(hop).counted(u32::from(SLOTS) + u32::from(slot), wire));
     }
     let own = if config.slot < SLOTS { 1 << config.slot } else { 0 };
-    match choose(flow, reach.via & !own) {
+    match chosen(packet, reach.via & !own) {
         Some(slot) if hops == Hops::Any => Ok(gateway(config, slot)?.counted(u32::from(slot), wire)),
         _ => Err(Reason::NoGateway),
     }
+}
+
+/// Whether this is UDP of this node's own WireGuard. A peer that has roamed into a remote range gets it by the route of
+/// that range, which leads into the tunnel: it would carry itself.
+#[inline(always)]
+fn is_our_tunnel(skb: Skb, config: &Config, packet: &Packet) -> bool {
+    let first = config.wireguard_port;
+    let ports = first..=first.saturating_add(u16::from(SLOTS - 1));
+    skb.ingress_ifindex() == 0 && packet.udp_ports(skb).is_some_and(|(from, _)| ports.contains(&from))
+}
+
+/// As [`choose`]. Where one slot or none is healthy the flow makes no difference, and is not computed.
+#[inline(always)]
+fn chosen(packet: &Packet, healthy: u8) -> Option<u8> {
+    let several = healthy & healthy.wrapping_sub(1) != 0;
+    let flow = if several { flow(&packet.source, &packet.destination, packet.protocol) } else { 0 };
+    choose(flow, healthy)
 }
 
 /// A probe of this node's own, to exactly the slot that it names. Health is not asked: probes are how it is known.
@@ -238,18 +254,23 @@ fn to_overlay(skb: Skb, config: &Config, packet: &Packet, member: u16) -> Decisi
 
 /// An ask is answered here, an answer goes up to the prober by `up`.
 #[inline(always)]
-fn of_probe(skb: Skb, config: &Config, packet: &Packet, up: Verdict) -> Decision {
+fn of_probe(skb: Skb, config: &Config, packet: &Packet, up: Kind) -> Decision {
     if !is_probe(skb, config, packet) {
         return Err(Reason::NotForOverlay);
     }
-    let Some([magic, kind]) = skb.load::<[u32; 2]>(packet.l3 + L4 + 8) else { return Err(Reason::MalformedProbe) };
-    let exact = packet.declared == L4 + 8 + probe::LEN as u32;
-    if !exact || magic != u32::from_ne_bytes(probe::MAGIC) {
+    let Some([sizes, magic, kind]) = skb.load::<[u32; 3]>(packet.l3 + L4 + 4) else {
+        return Err(Reason::MalformedProbe);
+    };
+    let udp_len = 8 + probe::LEN as u32;
+    if u32::from_be(sizes) >> 16 != udp_len
+        || packet.declared != L4 + udp_len
+        || magic != u32::from_ne_bytes(probe::MAGIC)
+    {
         return Err(Reason::MalformedProbe);
     }
     match kind.to_ne_bytes()[0] {
         probe::ASK => Ok(Verdict::of(Kind::Answer, 0)),
-        probe::ANSWER => Ok(up),
+        probe::ANSWER => Ok(Verdict::of(up, 0)),
         _ => Err(Reason::MalformedProbe),
     }
 }
@@ -300,7 +321,8 @@ fn note_traffic(member: u16) {
     let now = unsafe { bpf_ktime_get_coarse_ns() };
     // SAFETY: one aligned word. Two processors may both see the pause: the agent is then told twice.
     let before = unsafe { last.read_volatile() };
-    let pause = now.wrapping_sub(before);
+    // Another processor may have written a later time than the one read here.
+    let pause = now.saturating_sub(before);
     if pause > TRAFFIC_NS {
         // SAFETY: as above.
         unsafe { last.write_volatile(now) };

@@ -16,7 +16,7 @@ use super::{
 /// What is quoted behind the network header: at most 7 pieces, so that an IPv4 message fits the 576 bytes of RFC 1812.
 const PIECE: u32 = 64;
 const PIECES: u32 = 7;
-/// Longest network header, with options or extensions, that is quoted.
+/// Longest network header, with options or extensions, behind which [`settle`] looks for a checksum.
 const MAX_HEADER: u32 = 64;
 const TTL: u8 = 64;
 
@@ -28,14 +28,16 @@ const V6_ROOM: u32 = 40 + 8;
 pub fn too_big(skb: Skb, l2: u32, limit: u32) -> Result<(), Refused> {
     let packet = &Packet::parse(skb, l2).map_err(|_| Refused)?;
     let header = packet.l4 - l2;
+    // A longer one is quoted as if it were no header. The kernel itself sends nothing like it.
+    let header = if header > MAX_HEADER { 0 } else { header };
     let pieces = packet.len.saturating_sub(header) / PIECE;
     let pieces = if pieces > PIECES { PIECES } else { pieces };
-    if !may_be_answered(skb, packet) || header > MAX_HEADER || pieces == 0 {
+    if !may_be_answered(skb, packet) || pieces == 0 {
         return Err(Refused);
     }
     let quoted = header + pieces * PIECE;
     skb.change_tail(l2 + quoted)?;
-    let sum = header_sum(skb, l2, header)? + u64::from(settle(skb, packet, pieces)?);
+    let sum = header_sum(skb, l2, header)? + u64::from(settle(skb, packet, header, pieces)?);
     if packet.v6 { v6(skb, packet, quoted, limit, sum) } else { v4(skb, packet, quoted, limit, sum) }
 }
 
@@ -80,10 +82,11 @@ fn header_sum(skb: Skb, l2: u32, header: u32) -> Result<u64, Refused> {
 /// sums to -X. That equals S if X is minus half of the remaining sum; half of a one's complement number is the number
 /// rotated right by one.
 #[inline(always)]
-fn settle(skb: Skb, packet: &Packet, pieces: u32) -> Result<u16, Refused> {
+fn settle(skb: Skb, packet: &Packet, header: u32, pieces: u32) -> Result<u16, Refused> {
+    let rest = packet.l3 + header;
     let place = match packet.protocol {
-        TCP => packet.l4 + 16,
-        UDP => packet.l4 + 6,
+        TCP if header != 0 => rest + 16,
+        UDP if header != 0 => rest + 6,
         _ => 0,
     };
     if place != 0 {
@@ -94,7 +97,7 @@ fn settle(skb: Skb, packet: &Packet, pieces: u32) -> Result<u16, Refused> {
         if piece == pieces {
             break;
         }
-        let bytes: [u32; PIECE as usize / 4] = skb.load(packet.l4 + piece * PIECE).ok_or(Refused)?;
+        let bytes: [u32; PIECE as usize / 4] = skb.load(rest + piece * PIECE).ok_or(Refused)?;
         remaining = sum(core::ptr::null(), (&raw const bytes).cast::<[u8; PIECE as usize]>(), remaining)?;
     }
     let remaining = fold(u64::from(remaining));

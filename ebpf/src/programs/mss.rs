@@ -49,11 +49,11 @@ fn find(skb: Skb, options: u32, length: u32) -> Option<u32> {
         }
         let [kind, size] = skb.load::<[u8; 2]>(options + at)?;
         let size = if kind == NOP { 1 } else { u32::from(size) };
-        if kind == MSS {
-            return if size == 4 { Some(options + at + 2) } else { None };
-        }
-        if kind == END || size == 0 || size > length - at || (kind != NOP && size < 2) {
+        if kind == END || size > length - at || (kind != NOP && size < 2) {
             return None;
+        }
+        if kind == MSS && size == 4 {
+            return Some(options + at + 2);
         }
         // At most 40. What came before it does not matter then, and the verifier sees that it does not.
         at = bounded(at + size, 63);

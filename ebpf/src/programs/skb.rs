@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 
 /// A helper refused.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Refused;
 
 #[derive(Clone, Copy)]

@@ -180,6 +180,28 @@ fn what_no_package_brings_is_named_with_its_remedy() {
 }
 
 #[test]
+fn the_bpf_programs_are_built_by_debians_compiler_and_our_linker() {
+    let missing = ["rustc with rust-src", "LLVM 22", "bpf-linker"];
+    check(
+        DEBIAN_12,
+        &missing,
+        expect![[r#"
+            Apt(["rustc-web", "rust-web-src", "llvm-22-dev"])
+            Build(BpfLinker { version: "0.13.0" })
+        "#]],
+    );
+    check(FEDORA, &missing, expect![[r#"
+        missing on this machine:
+          rustc with rust-src          compiles the BPF programs: a rustc with the source of core (rust-src)
+          LLVM 22                      bpf-linker is linked to it
+          bpf-linker                   links the BPF programs; xtask gets it itself, into its cache
+        paste this line:
+          dnf install -y rust rust-src llvm22-devel
+        only Debian 12 was tried, Fedora Linux 42 was not
+    "#]]);
+}
+
+#[test]
 fn go_comes_from_pypi_with_what_that_needs() {
     check(
         DEBIAN_12,

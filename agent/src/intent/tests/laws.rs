@@ -1,7 +1,12 @@
 //! What holds for every folder.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use proptest::{collection::vec, option, prelude::*, sample::select};
+use proptest::{
+    collection::{btree_map, vec},
+    option,
+    prelude::*,
+    sample::select,
+};
 
 use super::*;
 use crate::intent::{
@@ -123,6 +128,75 @@ fn any_two_orders() -> impl Strategy<Value = (Objects, Objects)> {
     })
 }
 
+const ADDRESSES: [&str; 6] = ["192.0.2.1", "192.0.2.2", "2001:db8::1", "10.1.2.3", "127.0.0.1", "address"];
+
+/// Nodes, slots and pods among which much collides. Slots and pods have names of their own, nodes may not.
+fn any_nodes() -> impl Strategy<Value = Objects> {
+    let name = || select(vec!["n1", "n2", "n3", "n4", "N"]);
+    let node = (name(), texts(&ADDRESSES, 4), texts(&RANGES, 2)).prop_map(|(name, addresses, pod_cidrs)| {
+        let address = |address| v1::NodeAddress { kind: "InternalIP".to_owned(), address };
+        let mut node = v1::Node::default();
+        node.metadata.name = name.to_owned();
+        node.spec.pod_cidrs = pod_cidrs;
+        node.status.addresses = addresses.into_iter().map(address).collect();
+        node
+    });
+    let slot = (prop_oneof![9 => Just(None), 1 => Just(Some(9))], name(), texts(&ADDRESSES[..4], 2));
+    let slots = btree_map(0..6i64, slot, 0..4).prop_map(|slots| {
+        let slots = slots.into_iter().map(|(name, (ordinal, node, hop_addresses))| {
+            let (ordinal, node) = (ordinal.unwrap_or(name), node.to_owned());
+            let spec = MeshGatewaySpec { ordinal, node, hop_addresses, public_key: key(b'A') };
+            MeshGateway { metadata: named(&name.to_string()), spec, status: None }
+        });
+        slots.collect::<Vec<_>>()
+    });
+    let pods = btree_map(0..8u8, (name(), texts(&ADDRESSES, 2), option::weighted(0.1, Just("Failed"))), 0..6);
+    let pods = pods.prop_map(|pods| {
+        let pods = pods.into_iter().map(|(name, (node, ips, phase))| {
+            let mut pod = v1::Pod::default();
+            pod.metadata.name = name.to_string();
+            pod.spec.node_name = node.to_owned();
+            pod.status.pod_ips = ips.into_iter().map(|ip| v1::PodIp { ip }).collect();
+            pod.status.phase = phase.unwrap_or("Running").to_owned();
+            pod
+        });
+        pods.collect::<Vec<_>>()
+    });
+    (vec(node, 0..6), slots, pods).prop_map(|(nodes, gateways, pods)| Objects {
+        nodes,
+        gateways,
+        pods,
+        ..Objects::default()
+    })
+}
+
+/// Takes every refused claim out of the nodes' documents, and nothing else.
+fn nodes_without(mut objects: Objects, refused: &[Rejection]) -> Objects {
+    let is =
+        |kind, name: &str, field: &str| refused.iter().any(|r| r.kind == kind && r.name == name && r.field == field);
+    objects
+        .nodes
+        .retain(|n| !["metadata.name", "status.addresses"].iter().any(|f| is(Kind::Node, &n.metadata.name, f)));
+    for node in &mut objects.nodes {
+        let name = node.metadata.name.clone();
+        keep(&mut node.status.addresses, |i| !is(Kind::Node, &name, &format!("status.addresses[{i}].address")));
+        keep(&mut node.spec.pod_cidrs, |i| !is(Kind::Node, &name, &format!("spec.podCIDRs[{i}]")));
+    }
+    let slot = |gateway: &MeshGateway| gateway.metadata.name.clone().unwrap_or_default();
+    let whole = ["metadata.name", "spec.ordinal", "spec.node"];
+    objects.gateways.retain(|gateway| !whole.iter().any(|field| is(Kind::MeshGateway, &slot(gateway), field)));
+    for gateway in &mut objects.gateways {
+        let name = slot(gateway);
+        keep(&mut gateway.spec.hop_addresses, |i| !is(Kind::MeshGateway, &name, &format!("spec.hopAddresses[{i}]")));
+    }
+    objects.pods.retain(|pod| !is(Kind::Pod, &pod.full_name(), "spec.nodeName"));
+    for pod in &mut objects.pods {
+        let name = pod.full_name();
+        keep(&mut pod.status.pod_ips, |i| !is(Kind::Pod, &name, &format!("status.podIPs[{i}].ip")));
+    }
+    objects
+}
+
 /// Takes every refused claim out of the folder, and nothing else.
 fn without(mut objects: Objects, refused: &[Rejection]) -> Objects {
     let is = |kind, name: &Option<String>, field: &str| {
@@ -217,6 +291,46 @@ proptest! {
         prop_assert_eq!(&mesh_one, &mesh_other);
         prop_assert_eq!(refused_one, refused_other);
         prop_assert_eq!(Intent::new(&mesh_one, &one, &local), Intent::new(&mesh_other, &other, &local));
+    }
+
+    /// Nor do a cluster's own nodes disagree about it.
+    #[test]
+    fn the_order_of_nodes_changes_nothing(
+        (one, other) in any_nodes().prop_flat_map(|o| {
+            let shuffled = (Just(o.nodes.clone()).prop_shuffle(), Just(o.gateways.clone()).prop_shuffle(), Just(o.pods.clone()).prop_shuffle());
+            (Just(o), shuffled.prop_map(|(nodes, gateways, pods)| Objects { nodes, gateways, pods, ..Objects::default() }))
+        })
+    ) {
+        prop_assert_eq!(nodes(&one), nodes(&other));
+    }
+
+    #[test]
+    fn a_refused_node_slot_or_pod_changes_nothing_else(objects in any_nodes()) {
+        let (all, refused) = nodes(&objects);
+        let (good, still_refused) = nodes(&nodes_without(objects, &refused));
+        prop_assert_eq!(all.unwrap_or_default(), good.unwrap_or_default());
+        prop_assert_eq!(still_refused, vec![]);
+    }
+
+    #[test]
+    fn addresses_ranges_and_slots_have_one_node(objects in any_nodes()) {
+        let Some(cluster) = nodes(&objects).0 else { return Ok(()) };
+        for (a, one) in &cluster.nodes {
+            prop_assert!(!one.hop.is_empty() && one.hop.len() <= 2);
+            prop_assert!(one.hop.iter().filter(|address| address.is_ipv4()).count() <= 1);
+            for (_, other) in cluster.nodes.iter().filter(|(b, _)| *b > a) {
+                prop_assert!(one.hop.is_disjoint(&other.hop));
+                prop_assert!(one.pods.iter().all(|p| other.pods.iter().all(|q| !overlap(*p, *q))));
+            }
+        }
+        let holders: BTreeSet<&NodeName> = cluster.gateways.values().collect();
+        prop_assert_eq!(holders.len(), cluster.gateways.len());
+        prop_assert!(holders.iter().all(|node| cluster.nodes.contains_key(*node)));
+        for (address, node) in &cluster.pods {
+            prop_assert!(cluster.nodes.contains_key(node));
+            let elsewhere = |n: &Node| n.hop.contains(address) || n.pods.iter().any(|range| range.contains(*address));
+            prop_assert!(!cluster.nodes.values().any(elsewhere), "{address}");
+        }
     }
 
     /// And without the refused claims nothing is refused.
