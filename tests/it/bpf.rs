@@ -10,6 +10,7 @@
 mod cases;
 mod check;
 mod choose;
+mod examples;
 mod laws;
 mod load;
 mod maps;

@@ -411,22 +411,38 @@ fn answer() -> impl Strategy<Value = Answer> {
     })
 }
 
+/// The tables, but for their holes; nothing is healthy.
+fn tables(config: Config, holes: [Holes; 4]) -> World {
+    let range = |&(text, member, kind): &(&str, u16, u8)| (prefix(text), Remote { member, kind, zero: 0 });
+    let own = |&(text, to): &(&str, &[u16])| (prefix(text), BTreeSet::from_iter(to.iter().copied()));
+    let home = |&(text, node): &(&str, Option<usize>)| (prefix(text), node.map_or(Addr::NONE, home_of));
+    let here = ((config.overlay, 128), Addr::NONE);
+    World {
+        remote: map(REMOTE.iter().map(range), holes[0]),
+        own: map(OWN.iter().map(own), holes[1]),
+        homes: map(HOMES.iter().map(home).chain([here]), holes[2]),
+        nodes: nodes(holes[3]),
+        health: BTreeMap::new(),
+        answer: Answer { flags: 0, zero: 0, mtu: [0; 2], members: [0; 512] },
+        config,
+    }
+}
+
+/// A node with whole tables, every device, and the gateways that the cluster's other nodes are.
+pub fn whole(slot: u8) -> World {
+    let mut config = empty(slot);
+    config.wireguard = std::array::from_fn(|at| 80 + at as u32);
+    config.gateways[0][1] = text("192.0.2.11");
+    config.gateways[1][4] = text("2001:db8:f::14");
+    tables(config, [0; 4])
+}
+
 /// Mostly whole tables.
 pub fn world() -> impl Strategy<Value = World> {
     let health = vec(reach(), MEMBERS.len());
-    (config(), [holes(), holes(), holes(), holes()], health, answer()).prop_map(|(config, holes, health, answer)| {
-        let range = |&(text, member, kind): &(&str, u16, u8)| (prefix(text), Remote { member, kind, zero: 0 });
-        let own = |&(text, to): &(&str, &[u16])| (prefix(text), BTreeSet::from_iter(to.iter().copied()));
-        let home = |&(text, node): &(&str, Option<usize>)| (prefix(text), node.map_or(Addr::NONE, home_of));
-        let here = ((config.overlay, 128), Addr::NONE);
-        World {
-            remote: map(REMOTE.iter().map(range), holes[0]),
-            own: map(OWN.iter().map(own), holes[1]),
-            homes: map(HOMES.iter().map(home).chain([here]), holes[2]),
-            nodes: nodes(holes[3]),
-            health: MEMBERS.into_iter().zip(health).collect(),
-            config,
-            answer,
-        }
+    (config(), [holes(), holes(), holes(), holes()], health, answer()).prop_map(|(config, holes, health, answer)| World {
+        health: MEMBERS.into_iter().zip(health).collect(),
+        answer,
+        ..tables(config, holes)
     })
 }

@@ -42,7 +42,7 @@ pub fn differs(expected: &Outcome, ran: &Ran) -> Option<String> {
 }
 
 /// What the program recorded.
-fn read(seen: &TestSeen) -> Result<(Verdict, Option<Reason>), String> {
+pub fn read(seen: &TestSeen) -> Result<(Verdict, Option<Reason>), String> {
     let key = Key { vni: seen.vni, remote: seen.remote, local: seen.local };
     let verdict = match seen.kind {
         seen::NEXT => Verdict::Next,

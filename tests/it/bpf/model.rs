@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ebpf::{Addr, Answer, Config, NO_SLOT, Node, Reach, Reason, Remote, SLOTS, probe, remote};
 
 use super::parse::{Fragment, Ip, Malformed, parse};
-use super::packet::{ETH, ICMP, ICMPV6, SYN, TCP, UDP, checksum, is_v4, pseudo_checksum, wire};
+use super::packet::{ETH, ICMP, ICMPV6, SYN, TCP, UDP, checksum, is_v4};
 
 /// An address and the length of its prefix, 0 to 128.
 pub type Prefix = (Addr, u32);
@@ -264,19 +264,12 @@ pub fn steer_native(world: &World, frame: &[u8], context: &Context) -> Outcome {
         return next(frame, context);
     }
     let seen = Seen { world, frame, context, ip };
-    let ours = context.ingress_ifindex == 0;
-    let ports = seen.udp_ports();
-    let to_hop = ports.is_some_and(|[_, destination]| destination == world.config.hop_port);
-    if to_hop && !ours && world.nodes.contains_key(&seen.ip.dst) {
+    let to_hop = seen.udp_ports().is_some_and(|[_, destination]| destination == world.config.hop_port);
+    if to_hop && context.ingress_ifindex != 0 && world.nodes.contains_key(&seen.ip.dst) {
         return dropped(Reason::HopForged, context);
     }
     match world.remote(seen.ip.dst) {
         Some(found) if found.kind == remote::RANGE => {
-            let first = world.config.wireguard_port;
-            let wireguard = first..=first.saturating_add(7);
-            if ours && ports.is_some_and(|[source, _]| wireguard.contains(&source)) {
-                return dropped(Reason::Loop, context);
-            }
             seen.steered(found.member, From::Native)
         }
         Some(found) if found.kind == remote::OVERLAY => dropped(Reason::NotForOverlay, context),
@@ -311,7 +304,7 @@ pub fn from_hop(world: &World, frame: &[u8], context: &Context) -> Outcome {
     }
     if world.is_overlay(dst) {
         return match seen.probe() {
-            _ if dst != config.overlay => dropped(Reason::NotForOverlay, context),
+            _ if dst != config.overlay || !of_the_node => dropped(Reason::NotForOverlay, context),
             Ok(probe::ASK) => seen.answer(From::Worker),
             Ok(_) => to_stack(frame, context),
             Err(reason) => dropped(reason, context),
@@ -428,10 +421,14 @@ impl Seen<'_> {
         Some(Sent { index, packets: packets as u64, bytes: bytes as u64 })
     }
 
+    /// Nothing stands between the IPv6 header and UDP, so that it can be answered in place.
+    fn is_for_probes(&self) -> bool {
+        !self.ip.v4 && self.ip.l4 == 40 && self.udp_ports() == Some([self.config().probe_port; 2])
+    }
+
     /// The type of a probe, or why it is dropped.
     fn probe(&self) -> Result<u8, Reason> {
-        let port = self.config().probe_port;
-        if self.ip.fragment != Fragment::None || self.udp_ports() != Some([port, port]) {
+        if !self.is_for_probes() {
             return Err(Reason::NotForOverlay);
         }
         let udp = &self.l3()[self.ip.l4..self.ip.end];
@@ -446,10 +443,8 @@ impl Seen<'_> {
     fn to_overlay(&self, member: u16) -> Outcome {
         let (world, config) = (self.world, self.config());
         let ours = self.ip.src == config.overlay && self.context.ingress_ifindex == 0;
-        let probe = self.ip.fragment == Fragment::None
-            && self.udp_ports().is_some_and(|ports| ports == [config.probe_port; 2]);
         let host = u64::from_be_bytes(self.ip.dst.0[8..].try_into().expect("eight bytes"));
-        if !ours || !probe || !(1..=8).contains(&host) {
+        if !ours || !self.is_for_probes() || !(1..=8).contains(&host) {
             return dropped(Reason::NotForOverlay, self.context);
         }
         let slot = (host - 1) as u8;
@@ -469,6 +464,9 @@ impl Seen<'_> {
     /// Towards a range of a member.
     fn steered(&self, member: u16, from: From) -> Outcome {
         let world = self.world;
+        if self.is_our_tunnel() {
+            return dropped(Reason::Loop, self.context);
+        }
         if !world.offers(self.ip.src, member) {
             return dropped(Reason::SourceNotOffered, self.context);
         }
@@ -477,6 +475,13 @@ impl Seen<'_> {
             return self.too_big(limit, from);
         }
         Outcome { towards: Some(member), ..self.chosen(member, from) }
+    }
+
+    /// Of this node's own WireGuard: a peer that roamed into a remote range would have the tunnel carry itself.
+    fn is_our_tunnel(&self) -> bool {
+        let first = self.config().wireguard_port;
+        let ports = first..=first.saturating_add(7);
+        self.context.ingress_ifindex == 0 && self.udp_ports().is_some_and(|[source, _]| ports.contains(&source))
     }
 
     fn chosen(&self, member: u16, from: From) -> Outcome {
@@ -612,28 +617,28 @@ impl Seen<'_> {
         }
     }
 
-    /// The probe's answer, back to where the ask came from.
+    /// The probe's answer, back to where the ask came from. Its checksum is as right as the ask's.
     fn answer(&self, from: From) -> Outcome {
         let mut l3 = self.l3().to_vec();
-        let (source, destination) = (self.ip.src, self.ip.dst);
         set_ttl(&mut l3, &self.ip, 64);
-        let v4 = self.ip.v4;
-        let addresses = if v4 { 12..20 } else { 8..40 };
-        let swapped = [wire(&destination, v4), wire(&source, v4)].concat();
-        l3[addresses].copy_from_slice(&swapped);
+        l3[8..40].copy_from_slice(&[self.ip.dst.0, self.ip.src.0].concat());
         let answer = &self.world.answer;
         let udp = &mut l3[self.ip.l4..self.ip.end];
+        let before = udp.to_vec();
         udp[8 + probe::TYPE] = probe::ANSWER;
         udp[8 + probe::FLAGS] = answer.flags;
         udp[8 + probe::MTU..][..2].copy_from_slice(&answer.mtu);
         udp[8 + probe::MEMBERS..].copy_from_slice(&answer.members);
-        udp[6..8].fill(0);
-        let (a, b) = (wire(&source, v4), wire(&destination, v4));
-        let sum = match pseudo_checksum(a, b, UDP, udp) {
-            0 => 0xffff,
-            sum => sum,
-        };
-        udp[6..8].copy_from_slice(&sum.to_be_bytes());
+        if before[6..8] != [0, 0] {
+            for at in (8..udp.len()).step_by(2) {
+                let word = |bytes: &[u8]| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+                let (old, new) = (word(&before), word(udp));
+                replace(udp, 6, old, new);
+            }
+            if udp[6..8] == [0, 0] {
+                udp[6..8].fill(0xff);
+            }
+        }
         match (from, self.context.key) {
             (From::Worker, Some(key)) => match self.world.key(key.remote) {
                 None => dropped(Reason::NoDevice, self.context),

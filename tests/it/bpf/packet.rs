@@ -119,10 +119,6 @@ pub enum Harm {
     Flip { at: usize, xor: u8 },
 }
 
-impl Eth {
-    pub const PLAIN: Eth = Eth { dst: [2, 0, 0, 0, 0, 9], src: [2, 0, 0, 0, 0, 8], vlan: None, ethertype: None };
-}
-
 impl Probe {
     pub fn ask(nonce: u64) -> Probe {
         Probe { magic: probe::MAGIC, kind: probe::ASK, flags: 0, mtu: 0, nonce, len: probe::LEN }
