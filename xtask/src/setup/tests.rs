@@ -190,7 +190,10 @@ fn the_bpf_programs_are_built_by_debians_compiler_and_our_linker() {
             Build(BpfLinker { version: "0.13.0" })
         "#]],
     );
-    check(FEDORA, &missing, expect![[r#"
+    check(
+        FEDORA,
+        &missing,
+        expect![[r#"
         missing on this machine:
           rustc with rust-src          compiles the BPF programs: a rustc with the source of core (rust-src)
           LLVM 22                      bpf-linker is linked to it
@@ -198,7 +201,8 @@ fn the_bpf_programs_are_built_by_debians_compiler_and_our_linker() {
         paste this line:
           dnf install -y rust rust-src llvm22-devel
         only Debian 12 was tried, Fedora Linux 42 was not
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
