@@ -1,5 +1,6 @@
 //! Everything that is tested with namespaces, programs or servers: one binary. Needs root.
 
+mod bpf;
 mod endpoints;
 mod folder;
 mod joined;

@@ -15,6 +15,7 @@ mod setup;
 mod test;
 mod tidy;
 mod tools;
+mod vm;
 mod workspace;
 
 use std::{env, os::unix::process::CommandExt, process::ExitCode};
@@ -44,6 +45,8 @@ enum Command {
     Test(test::Args),
     /// Measures, and compares with budgets.
     Bench(bench::Args),
+    /// Tries this tree on other kernels, in QEMU guests.
+    Vm(vm::Args),
     /// Checks the rules of this tree that no compiler knows.
     Tidy(tidy::Args),
 }
@@ -84,6 +87,10 @@ fn run(args: Args) -> anyhow::Result<bool> {
         Command::Bench(args) => {
             setup::ensure(For::Bench, install)?;
             bench::run(&args, &workspace::build_carrick()?)
+        }
+        Command::Vm(args) => {
+            setup::ensure(For::Vm, install)?;
+            vm::run(&args)
         }
         Command::Tidy(args) => tidy::run(&args),
     }

@@ -26,6 +26,7 @@ pub enum For {
     Test,
     Lab,
     Bench,
+    Vm,
 }
 
 impl fmt::Display for For {
@@ -35,6 +36,7 @@ impl fmt::Display for For {
             For::Test => "test",
             For::Lab => "lab",
             For::Bench => "bench",
+            For::Vm => "vm",
         })
     }
 }
@@ -73,6 +75,7 @@ pub struct Need {
 }
 
 const LAB: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench];
+const BUILD: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Vm];
 
 /// Everything, in the order in which it is got.
 pub const NEEDS: &[Need] = &[
@@ -83,13 +86,13 @@ pub const NEEDS: &[Need] = &[
         what: What::Program("cc"),
         packages: Some(["gcc", "gcc", "gcc"]),
         purpose: "compiles and links ring, the cryptography",
-        by: LAB,
+        by: BUILD,
     },
     Need {
         what: What::File("/usr/include/stdio.h"),
         packages: Some(["libc6-dev", "glibc-devel", "glibc"]),
         purpose: "compiles and links ring, the cryptography",
-        by: LAB,
+        by: BUILD,
     },
     Need {
         what: What::BpfCompiler,
@@ -160,6 +163,36 @@ pub const NEEDS: &[Need] = &[
         by: &[For::Bench],
     },
     Need { what: What::Go, packages: None, purpose: "builds wireguard-go", by: &[For::Bench] },
+    Need {
+        what: What::Program("qemu-system-x86_64"),
+        packages: Some(["qemu-system-x86", "qemu-system-x86", "qemu-system-x86"]),
+        purpose: "runs the guests",
+        by: &[For::Vm],
+    },
+    Need {
+        what: What::Program("busybox"),
+        packages: Some(["busybox-static", "busybox", "busybox"]),
+        purpose: "the guests' own programs",
+        by: &[For::Vm],
+    },
+    Need {
+        what: What::Program("apt-get"),
+        packages: Some(["apt", "apt", "apt"]),
+        purpose: "fetches Debian's kernels for the guests; installs none",
+        by: &[For::Vm],
+    },
+    Need {
+        what: What::Program("dpkg-deb"),
+        packages: Some(["dpkg", "dpkg", "dpkg"]),
+        purpose: "unpacks the guests' kernels",
+        by: &[For::Vm],
+    },
+    Need {
+        what: What::Program("xz"),
+        packages: Some(["xz-utils", "xz", "xz"]),
+        purpose: "unpacks the guests' modules",
+        by: &[For::Vm],
+    },
     Need { what: What::Built(&tools::CARGO_DENY), packages: None, purpose: "the licence check", by: &[For::Test] },
     Need { what: What::Built(&tools::GOTATUN), packages: None, purpose: "is measured", by: &[For::Bench] },
     Need { what: What::Built(&tools::BORINGTUN), packages: None, purpose: "is measured", by: &[For::Bench] },
