@@ -291,12 +291,13 @@ impl Agent {
             Err(error) => return self.unable(format!("cannot read this node's links and addresses: {error}")),
         };
         self.native = node.native.keys().cloned().collect();
-        let reading = self.kernel.read().await;
+        let mut reading = self.kernel.read().await;
         let (snapshot, view) = self.view.take().expect("set above");
         let clock = (&mut self.dialer, self.started.elapsed());
         let mtus = prober::mtus(&view.intent, self.report.as_ref());
         let found = Found { node: &node, resolved, reading: &reading, mtus };
         let survey = survey(&view, &self.keys, found, &self.args, clock);
+        reading.excuse_absent_tunnel(&survey.desired);
         let outcome = reconcile(&survey.desired, survey.complete, &reading, &mut self.kernel).await;
         let probing = self.probe(&view.intent, &survey.desired);
         self.schedule(cause, &survey, &reading, &outcome);

@@ -89,6 +89,19 @@ pub struct ReadError {
     pub source: io::Error,
 }
 
+impl Reading {
+    /// Where no WireGuard is wanted, it is no trouble that nobody runs one.
+    pub fn excuse_absent_tunnel(&mut self, desired: &State) {
+        let absent = |error: &ReadError| {
+            let kind = error.source.kind();
+            error.layer == Layer::WireGuard && matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+        };
+        if desired.wireguard.is_empty() {
+            self.failed.retain(|error| !absent(error));
+        }
+    }
+}
+
 /// An operation that failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{op}")]

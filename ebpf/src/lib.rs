@@ -162,7 +162,8 @@ pub struct Answer {
     pub members: [u8; 512],
 }
 
-/// A probe: a UDP payload of [`probe::LEN`] bytes. An ask is as long as its answer, so that it is answered in place.
+/// A probe: a UDP payload of at least [`probe::LEN`] bytes; what is beyond only fills, to try a packet size. An ask is as
+/// long as its answer, so that it is answered in place.
 pub mod probe {
     pub const MAGIC: [u8; 4] = *b"CRK1";
     pub const ASK: u8 = 1;

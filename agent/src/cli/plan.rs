@@ -49,11 +49,12 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     let reader = facts::Reader::new().context("cannot open netlink sockets")?;
     let internal = view.intent.addresses_of(&node_name(&args.node));
     let node = reader.read(&internal).await.context("cannot read this node's links and addresses")?;
-    let reading = kernel.read().await;
+    let mut reading = kernel.read().await;
     // A path MTU that only the agent's probes know shows in no plan made here.
     let found = Found { node: &node, resolved: &resolved, reading: &reading, mtus: BTreeMap::new() };
     let clock = (&mut Dialer::default(), Duration::ZERO);
     let survey = survey(&view, &keys, found, &args.node, clock);
+    reading.excuse_absent_tunnel(&survey.desired);
     let operations = diff(&survey.desired, &reading.state);
     let (waiting, operations): (Vec<Op>, Vec<Op>) =
         operations.into_iter().partition(|operation| waits(operation, survey.complete, &reading, &[]));

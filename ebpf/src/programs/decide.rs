@@ -263,8 +263,8 @@ fn of_probe(skb: Skb, config: &Config, packet: &Packet, up: Kind) -> Decision {
     let Some([sizes, magic, kind]) = skb.load::<[u32; 3]>(packet.l3 + L4 + 4) else {
         return Err(Reason::MalformedProbe);
     };
-    let udp_len = 8 + probe::LEN as u32;
-    if u32::from_be(sizes) >> 16 != udp_len
+    let udp_len = u32::from_be(sizes) >> 16;
+    if udp_len < 8 + probe::LEN as u32
         || packet.declared != L4 + udp_len
         || magic != u32::from_ne_bytes(probe::MAGIC)
     {

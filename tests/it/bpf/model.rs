@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ebpf::{Addr, Answer, Config, NO_SLOT, Node, Reach, Reason, Remote, SLOTS, probe, remote};
 
-use super::parse::{Fragment, Ip, Malformed, parse};
 use super::packet::{ETH, ICMP, ICMPV6, SYN, TCP, UDP, checksum, is_v4};
+use super::parse::{Fragment, Ip, Malformed, parse};
 
 /// An address and the length of its prefix, 0 to 128.
 pub type Prefix = (Addr, u32);
@@ -269,9 +269,7 @@ pub fn steer_native(world: &World, frame: &[u8], context: &Context) -> Outcome {
         return dropped(Reason::HopForged, context);
     }
     match world.remote(seen.ip.dst) {
-        Some(found) if found.kind == remote::RANGE => {
-            seen.steered(found.member, From::Native)
-        }
+        Some(found) if found.kind == remote::RANGE => seen.steered(found.member, From::Native),
         Some(found) if found.kind == remote::OVERLAY => dropped(Reason::NotForOverlay, context),
         _ => next(frame, context),
     }
@@ -346,9 +344,7 @@ pub fn from_peer(world: &World, frame: &[u8], context: &Context) -> Outcome {
     let Some(from) = from else { return dropped(Reason::ForeignSource, context) };
     if from.kind == remote::OVERLAY || world.is_overlay(dst) {
         return match seen.probe() {
-            _ if from.kind != remote::OVERLAY || dst != world.config.overlay => {
-                dropped(Reason::NotForOverlay, context)
-            }
+            _ if from.kind != remote::OVERLAY || dst != world.config.overlay => dropped(Reason::NotForOverlay, context),
             Ok(probe::ASK) => seen.answer(From::Hop),
             Ok(_) => seen.injected(),
             Err(reason) => dropped(reason, context),
@@ -449,10 +445,9 @@ impl Seen<'_> {
         }
         let slot = (host - 1) as u8;
         if member == config.member {
-            world.slot_key(slot).map_or_else(
-                || dropped(Reason::NoDevice, self.context),
-                |key| self.by_hop(From::Hop, key),
-            )
+            world
+                .slot_key(slot)
+                .map_or_else(|| dropped(Reason::NoDevice, self.context), |key| self.by_hop(From::Hop, key))
         } else {
             match world.device(slot).filter(|_| world.is_gateway()) {
                 Some(ifindex) => self.by_device(ifindex),
@@ -513,11 +508,7 @@ impl Seen<'_> {
 
     /// Out by a WireGuard device.
     fn by_device(&self, ifindex: u32) -> Outcome {
-        Outcome {
-            verdict: Verdict::Device(ifindex),
-            mark: 0,
-            ..next(self.frame, self.context)
-        }
+        Outcome { verdict: Verdict::Device(ifindex), mark: 0, ..next(self.frame, self.context) }
     }
 
     /// Out by the hop, to the node that the key names.
