@@ -94,7 +94,8 @@ impl Reading {
     pub fn excuse_absent_tunnel(&mut self, desired: &State) {
         let absent = |error: &ReadError| {
             let kind = error.source.kind();
-            error.layer == Layer::WireGuard && matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+            error.layer == Layer::WireGuard
+                && matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
         };
         if desired.wireguard.is_empty() {
             self.failed.retain(|error| !absent(error));

@@ -188,18 +188,21 @@ fn both_gateways_carry_traffic_and_workers_none(meshed: &mut Meshed<'_>) -> Resu
         flows.push(Flow::between(from, to)?);
     }
     sleep(Duration::from_secs(1));
+    // Every pair of pods is a flow of its own, and in each protocol another.
+    let unreached = meshed.unreached()?;
     let reports = flows.into_iter().map(Flow::stop).collect::<Result<Vec<_>>>()?;
-    ensure!(lost(&reports) == 0, "{reports:?}");
+    ensure!(lost(&reports) == 0 && unreached.is_empty(), "{reports:?}, {unreached:?}");
     let seen = watch.stop()?;
     for (member, node) in meshed.lab.nodes() {
-        let seen = &seen[node.host.name()];
-        let carried = match node.slot {
-            Some(_) if member.name == "mn" => seen.tunnel > reports[0].sent,
-            // The other member chooses for itself; what returns comes by both of the first member's.
-            Some(_) => seen.tunnel > 0,
-            None => seen.tunnel == 0 && seen.hop > reports[0].sent,
+        let name = format!("{} of {}", node.host.name(), member.name);
+        let (seen, status) = (&seen[node.host.name()], meshed.carrick.status(node)?);
+        ensure!(seen.clear == 0 && seen.missed == 0, "{name}: {seen:?}");
+        let ways = match node.slot {
+            Some(_) => ["carrick-wg0", "carrick-wg1", "from peers"].map(|way| status.sent_by(way)).to_vec(),
+            None => ["slot 0", "slot 1"].map(|way| status.sent_by(way)).to_vec(),
         };
-        ensure!(carried && seen.clear == 0 && seen.missed == 0, "{}: {seen:?}", node.host.name());
+        ensure!(ways.iter().all(|packets| *packets > 0), "{name}: {:?}", status.sent);
+        ensure!((seen.tunnel > 0) == node.slot.is_some(), "{name}: {seen:?}");
     }
     Ok(())
 }

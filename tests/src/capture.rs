@@ -118,7 +118,12 @@ fn count(socket: OwnedFd, expected: &Expected, stop: &AtomicBool) -> Result<Seen
     loop {
         match socket.recv(&mut frame) {
             Ok(length) => note(&mut seen, classify(&frame[..length], expected), &frame[..length]),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::NetworkDown
+                ) =>
+            {
                 // The buffer is empty.
                 if stop.load(Ordering::Relaxed) {
                     break;

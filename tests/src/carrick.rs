@@ -70,7 +70,24 @@ impl Running {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
     pub ready: bool,
+    pub connected: bool,
     pub peers: Vec<PeerStatus>,
+    /// Packets by the way that they left by.
+    pub sent: Vec<Sent>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Sent {
+    /// `slot N` over the hop, a WireGuard device, that `for other nodes`, or `from peers`.
+    pub way: String,
+    pub packets: u64,
+}
+
+impl Status {
+    /// Packets that left by ways whose names start so.
+    pub fn sent_by(&self, way: &str) -> u64 {
+        self.sent.iter().filter(|sent| sent.way.starts_with(way)).map(|sent| sent.packets).sum()
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]

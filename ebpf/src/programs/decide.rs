@@ -264,10 +264,7 @@ fn of_probe(skb: Skb, config: &Config, packet: &Packet, up: Kind) -> Decision {
         return Err(Reason::MalformedProbe);
     };
     let udp_len = u32::from_be(sizes) >> 16;
-    if udp_len < 8 + probe::LEN as u32
-        || packet.declared != L4 + udp_len
-        || magic != u32::from_ne_bytes(probe::MAGIC)
-    {
+    if udp_len < 8 + probe::LEN as u32 || packet.declared != L4 + udp_len || magic != u32::from_ne_bytes(probe::MAGIC) {
         return Err(Reason::MalformedProbe);
     }
     match kind.to_ne_bytes()[0] {
