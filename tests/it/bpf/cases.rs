@@ -104,7 +104,14 @@ const NODES: [(u8, Option<&str>, Option<&str>); 4] = [
 const HOP: [&str; 2] = ["192.0.2.10", "2001:db8:f::10"];
 
 const OWN_V4: &[&str] = &[
-    "10.42.0.2", "10.42.0.2", "10.42.1.2", "10.42.1.77", "10.42.2.2", "10.42.70.3", "10.42.200.9", "10.43.0.8",
+    "10.42.0.2",
+    "10.42.0.2",
+    "10.42.1.2",
+    "10.42.1.77",
+    "10.42.2.2",
+    "10.42.70.3",
+    "10.42.200.9",
+    "10.43.0.8",
     "192.0.2.10",
 ];
 const OWN_V6: &[&str] =
@@ -112,14 +119,24 @@ const OWN_V6: &[&str] =
 const REMOTE_V4: &[&str] = &["10.44.0.5", "10.44.200.1", "10.45.1.1", "10.46.7.3", "10.44.9.9"];
 const REMOTE_V6: &[&str] = &["2001:db8:44::5", "2001:db8:44:9000::1", "2001:db8:46::3", "2001:db8:44::99"];
 const OVERLAY: &[&str] = &[
-    "fdaa:bbbb:cccc:1::1", "fdaa:bbbb:cccc:1::2", "fdaa:bbbb:cccc:1::3", "fdaa:bbbb:cccc:1::5",
-    "fdaa:bbbb:cccc:1:8000::10", "fdaa:bbbb:cccc:1:8000::12", "fdaa:bbbb:cccc:1:8000::13", "fdaa:bbbb:cccc:2::1",
-    "fdaa:bbbb:cccc:2::8", "fdaa:bbbb:cccc:2::9", "fdaa:bbbb:cccc:2::", "fdaa:bbbb:cccc:fff::3",
-    "fdaa:bbbb:cccc:2:8000::1", "fdaa:bbbb:cccc:2:0:1:0:1", "fdaa:bbbb:cccc:7::1",
+    "fdaa:bbbb:cccc:1::1",
+    "fdaa:bbbb:cccc:1::2",
+    "fdaa:bbbb:cccc:1::3",
+    "fdaa:bbbb:cccc:1::5",
+    "fdaa:bbbb:cccc:1:8000::10",
+    "fdaa:bbbb:cccc:1:8000::12",
+    "fdaa:bbbb:cccc:1:8000::13",
+    "fdaa:bbbb:cccc:2::1",
+    "fdaa:bbbb:cccc:2::8",
+    "fdaa:bbbb:cccc:2::9",
+    "fdaa:bbbb:cccc:2::",
+    "fdaa:bbbb:cccc:fff::3",
+    "fdaa:bbbb:cccc:2:8000::1",
+    "fdaa:bbbb:cccc:2:0:1:0:1",
+    "fdaa:bbbb:cccc:7::1",
 ];
-const OTHER_V4: &[&str] = &[
-    "192.0.2.11", "192.0.2.12", "8.8.8.8", "169.254.1.1", "224.0.0.5", "255.255.255.255", "127.0.0.1", "0.0.0.0",
-];
+const OTHER_V4: &[&str] =
+    &["192.0.2.11", "192.0.2.12", "8.8.8.8", "169.254.1.1", "224.0.0.5", "255.255.255.255", "127.0.0.1", "0.0.0.0"];
 const OTHER_V6: &[&str] =
     &["2001:db8:f::11", "2001:db8:f::13", "2001:4860::8888", "fe80::1", "ff02::1", "::1", "::", "::ffff:10.44.0.5"];
 
@@ -220,7 +237,8 @@ fn ip(addresses: impl Strategy<Value = (Addr, Addr)>) -> impl Strategy<Value = I
 
 fn eth() -> impl Strategy<Value = Eth> {
     let dst = prop_oneof![10 => Just(MAC[0]), 4 => Just(MAC[1]), 1 => Just(HOP_MAC), 1 => any::<[u8; 6]>()];
-    let ethertype = prop_oneof![40 => Just(None), 1 => select(vec![0x0806, 0x0800, 0x86dd, 0x8847, 0x0100]).prop_map(Some)];
+    let ethertype =
+        prop_oneof![40 => Just(None), 1 => select(vec![0x0806, 0x0800, 0x86dd, 0x8847, 0x0100]).prop_map(Some)];
     let vlan = option::weighted(0.02, any::<u16>());
     (dst, any::<[u8; 6]>(), vlan, ethertype).prop_map(|(dst, src, vlan, ethertype)| Eth { dst, src, vlan, ethertype })
 }
@@ -244,15 +262,24 @@ const LIMITS: [u16; 5] = [576, 600, 1280, 1380, 1420];
 
 /// Bytes of payload in a segment such that a packet just about fits a limit, and how many segments.
 fn segments() -> impl Strategy<Value = Option<(usize, usize, usize)>> {
-    option::weighted(0.08, (select(LIMITS.to_vec()), 0..4_usize, 2..4_usize).prop_map(|(limit, more, count)| {
-        (usize::from(limit), more, count)
-    }))
+    option::weighted(
+        0.08,
+        (select(LIMITS.to_vec()), 0..4_usize, 2..4_usize)
+            .prop_map(|(limit, more, count)| (usize::from(limit), more, count)),
+    )
 }
 
 fn context() -> impl Strategy<Value = Context> {
     let outer = select(vec![
-        "192.0.2.11", "192.0.2.11", "192.0.2.12", "192.0.2.12", "2001:db8:f::11", "2001:db8:f::12", "2001:db8:f::13",
-        "2001:db8:f::14", "192.0.2.99",
+        "192.0.2.11",
+        "192.0.2.11",
+        "192.0.2.12",
+        "192.0.2.12",
+        "2001:db8:f::11",
+        "2001:db8:f::12",
+        "2001:db8:f::13",
+        "2001:db8:f::14",
+        "192.0.2.99",
     ]);
     let vni = prop_oneof![12 => Just(VNI[0]), 4 => Just(VNI[1]), 1 => 0..0x100_0000_u32];
     let ingress = prop_oneof![2 => Just(0), 1 => 1..9_u32];
@@ -274,8 +301,7 @@ fn context() -> impl Strategy<Value = Context> {
 pub fn case(way: Way) -> impl Strategy<Value = Case> {
     let plain = (eth(), ip(addresses(way)), l4(), harm()).boxed();
     let probes = (eth(), ip((pick(OVERLAY), pick(OVERLAY))), probe_packet(), harm()).boxed();
-    let packet = prop_oneof![4 => plain, 1 => probes]
-        .prop_map(|(eth, ip, l4, harm)| Packet { eth, ip, l4, harm });
+    let packet = prop_oneof![4 => plain, 1 => probes].prop_map(|(eth, ip, l4, harm)| Packet { eth, ip, l4, harm });
     (packet, context(), length(), segments()).prop_map(|(packet, context, length, segments)| {
         let mut case = Case { packet, context };
         match segments {
@@ -440,9 +466,7 @@ pub fn whole(slot: u8) -> World {
 /// Mostly whole tables.
 pub fn world() -> impl Strategy<Value = World> {
     let health = vec(reach(), MEMBERS.len());
-    (config(), [holes(), holes(), holes(), holes()], health, answer()).prop_map(|(config, holes, health, answer)| World {
-        health: MEMBERS.into_iter().zip(health).collect(),
-        answer,
-        ..tables(config, holes)
+    (config(), [holes(), holes(), holes(), holes()], health, answer()).prop_map(|(config, holes, health, answer)| {
+        World { health: MEMBERS.into_iter().zip(health).collect(), answer, ..tables(config, holes) }
     })
 }

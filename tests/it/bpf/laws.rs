@@ -16,8 +16,8 @@ use proptest::{
 
 use super::{
     cases::{Case, MEMBERS, Way, case, world},
-    maps::Counters,
     check::{differs, hex},
+    maps::Counters,
     model::{Outcome, Sent, Verdict, World},
     run::{Loaded, Program},
 };
@@ -30,7 +30,8 @@ type Age = Option<u64>;
 const AGES: [Age; 4] = [None, Some(10_000_000_000), Some(1_000_000_000), Some(0)];
 
 fn wanted() -> usize {
-    let all = env::var("CARRICK_BPF_CASES").map_or(1_000_000, |text| text.parse().expect("CARRICK_BPF_CASES is a number"));
+    let all =
+        env::var("CARRICK_BPF_CASES").map_or(1_000_000, |text| text.parse().expect("CARRICK_BPF_CASES is a number"));
     all / Program::ALL.len()
 }
 

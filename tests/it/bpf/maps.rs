@@ -128,7 +128,8 @@ impl Maps {
 
     /// The tunnel key that the next packets come with.
     pub fn set_key(&mut self, key: Option<Key>) -> Result<()> {
-        let key = key.map_or(TestKey { remote: Addr::NONE, vni: 0 }, |key| TestKey { remote: key.remote, vni: key.vni });
+        let key =
+            key.map_or(TestKey { remote: Addr::NONE, vni: 0 }, |key| TestKey { remote: key.remote, vni: key.vni });
         Ok(self.test_key.set(0, key, 0)?)
     }
 

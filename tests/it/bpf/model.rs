@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ebpf::{Addr, Answer, Config, NO_SLOT, Node, Reach, Reason, Remote, SLOTS, probe, remote};
 
-use super::parse::{Fragment, Ip, Malformed, parse};
 use super::packet::{ETH, ICMP, ICMPV6, SYN, TCP, UDP, checksum, is_v4};
+use super::parse::{Fragment, Ip, Malformed, parse};
 
 /// An address and the length of its prefix, 0 to 128.
 pub type Prefix = (Addr, u32);
@@ -110,11 +110,8 @@ pub struct Outcome {
 /// The index of the only device of a test run, `lo`.
 pub const HERE: u32 = 1;
 
-/// Bytes of IP headers beyond which a packet is not quoted, so that nobody is told of it: extension headers of 25 bytes.
-const LONGEST_QUOTED: usize = 64;
-
 /// The source MAC of what comes to the stack from a device without any.
-const NOBODY: [u8; 6] = [2, 0, 0, 0, 0, 0];
+const NOBODY: [u8; 6] = [0; 6];
 
 pub fn lookup<V: Clone>(map: &BTreeMap<Prefix, V>, addr: Addr) -> Option<V> {
     map.iter()
@@ -269,9 +266,7 @@ pub fn steer_native(world: &World, frame: &[u8], context: &Context) -> Outcome {
         return dropped(Reason::HopForged, context);
     }
     match world.remote(seen.ip.dst) {
-        Some(found) if found.kind == remote::RANGE => {
-            seen.steered(found.member, From::Native)
-        }
+        Some(found) if found.kind == remote::RANGE => seen.steered(found.member, From::Native),
         Some(found) if found.kind == remote::OVERLAY => dropped(Reason::NotForOverlay, context),
         _ => next(frame, context),
     }
@@ -346,9 +341,7 @@ pub fn from_peer(world: &World, frame: &[u8], context: &Context) -> Outcome {
     let Some(from) = from else { return dropped(Reason::ForeignSource, context) };
     if from.kind == remote::OVERLAY || world.is_overlay(dst) {
         return match seen.probe() {
-            _ if from.kind != remote::OVERLAY || dst != world.config.overlay => {
-                dropped(Reason::NotForOverlay, context)
-            }
+            _ if from.kind != remote::OVERLAY || dst != world.config.overlay => dropped(Reason::NotForOverlay, context),
             Ok(probe::ASK) => seen.answer(From::Hop),
             Ok(_) => seen.injected(),
             Err(reason) => dropped(reason, context),
@@ -449,10 +442,9 @@ impl Seen<'_> {
         }
         let slot = (host - 1) as u8;
         if member == config.member {
-            world.slot_key(slot).map_or_else(
-                || dropped(Reason::NoDevice, self.context),
-                |key| self.by_hop(From::Hop, key),
-            )
+            world
+                .slot_key(slot)
+                .map_or_else(|| dropped(Reason::NoDevice, self.context), |key| self.by_hop(From::Hop, key))
         } else {
             match world.device(slot).filter(|_| world.is_gateway()) {
                 Some(ifindex) => self.by_device(ifindex),
@@ -464,7 +456,7 @@ impl Seen<'_> {
     /// Towards a range of a member.
     fn steered(&self, member: u16, from: From) -> Outcome {
         let world = self.world;
-        if self.is_our_tunnel() {
+        if from != From::Worker && self.is_our_tunnel() {
             return dropped(Reason::Loop, self.context);
         }
         if !world.offers(self.ip.src, member) {
@@ -513,11 +505,7 @@ impl Seen<'_> {
 
     /// Out by a WireGuard device.
     fn by_device(&self, ifindex: u32) -> Outcome {
-        Outcome {
-            verdict: Verdict::Device(ifindex),
-            mark: 0,
-            ..next(self.frame, self.context)
-        }
+        Outcome { verdict: Verdict::Device(ifindex), ..next(self.frame, self.context) }
     }
 
     /// Out by the hop, to the node that the key names.
@@ -599,10 +587,10 @@ impl Seen<'_> {
     /// No error is about an error, nor about a later fragment (RFC 1122 §3.2.2, RFC 4443 §2.4).
     fn told(&self, error: TooBig, verdict: Verdict) -> Outcome {
         let mut outcome = dropped(Reason::TooBig, self.context);
-        if self.ip.fragment != Fragment::Later && !self.is_icmp_error() && self.ip.l4 <= LONGEST_QUOTED {
+        if self.ip.fragment != Fragment::Later && !self.is_icmp_error() {
             outcome.verdict = verdict;
             outcome.frame = Frame::TooBig(error);
-            outcome.mark = if matches!(verdict, Verdict::Ingress(_)) { self.context.mark } else { 0 };
+            outcome.mark = if matches!(verdict, Verdict::Hop(..)) { 0 } else { self.context.mark };
         }
         outcome
     }
@@ -631,8 +619,8 @@ impl Seen<'_> {
         udp[8 + probe::MEMBERS..].copy_from_slice(&answer.members);
         if before[6..8] != [0, 0] {
             for at in (8..udp.len()).step_by(2) {
-                let word = |bytes: &[u8]| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
-                let (old, new) = (word(&before), word(udp));
+                let old = u16::from_be_bytes([before[at], before[at + 1]]);
+                let new = u16::from_be_bytes([udp[at], udp[at + 1]]);
                 replace(udp, 6, old, new);
             }
             if udp[6..8] == [0, 0] {
@@ -646,7 +634,6 @@ impl Seen<'_> {
             },
             _ => Outcome {
                 verdict: Verdict::Device(HERE),
-                mark: 0,
                 frame: Frame::Exactly([&self.frame[..ETH], &l3].concat()),
                 ..next(self.frame, self.context)
             },

@@ -76,13 +76,35 @@ pub struct Fragment {
 
 #[derive(Clone, Debug)]
 pub enum L4 {
-    Tcp { ports: [u16; 2], flags: u8, options: Vec<TcpOption>, payload: usize },
-    Udp { ports: [u16; 2], checksum: bool, payload: usize },
-    Probe { ports: [u16; 2], probe: Probe },
-    Icmp { kind: u8, code: u8, payload: usize },
+    Tcp {
+        ports: [u16; 2],
+        flags: u8,
+        options: Vec<TcpOption>,
+        payload: usize,
+    },
+    Udp {
+        ports: [u16; 2],
+        checksum: bool,
+        payload: usize,
+    },
+    Probe {
+        ports: [u16; 2],
+        probe: Probe,
+    },
+    Icmp {
+        kind: u8,
+        code: u8,
+        payload: usize,
+    },
     /// An error about a TCP packet the other way.
-    IcmpError { kind: u8, code: u8 },
-    Other { protocol: u8, payload: usize },
+    IcmpError {
+        kind: u8,
+        code: u8,
+    },
+    Other {
+        protocol: u8,
+        payload: usize,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -116,14 +138,13 @@ pub enum Harm {
     /// Bytes after the packet's own end.
     Trailing(usize),
     /// A byte, counted after the Ethernet header and modulo the length, is another.
-    Flip { at: usize, xor: u8 },
+    Flip {
+        at: usize,
+        xor: u8,
+    },
 }
 
 impl Probe {
-    pub fn ask(nonce: u64) -> Probe {
-        Probe { magic: probe::MAGIC, kind: probe::ASK, flags: 0, mtu: 0, nonce, len: probe::LEN }
-    }
-
     fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len.max(probe::MEMBERS)];
         bytes[..4].copy_from_slice(&self.magic);

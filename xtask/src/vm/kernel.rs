@@ -70,7 +70,10 @@ fn fetch(package: &str, cache: &Path) -> Result<()> {
         fs::remove_dir_all(&partial).with_context(|| format!("remove {}", partial.display()))?;
     }
     fs::create_dir_all(&partial).with_context(|| format!("make {}", partial.display()))?;
-    tools::install(&format!("fetch {package}"), Command::new("apt-get").args(["download", package]).current_dir(&partial))?;
+    tools::install(
+        &format!("fetch {package}"),
+        Command::new("apt-get").args(["download", package]).current_dir(&partial),
+    )?;
     let mut entries = fs::read_dir(&partial)?;
     let archive = entries.next().context("apt-get downloaded nothing")??.path();
     let unpacked = partial.join("unpacked");
