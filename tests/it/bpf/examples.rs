@@ -421,7 +421,8 @@ fn to_peer() {
         2001:db8:42::2, at 23: 1340 becomes 1320
         2001:db8:42::2, at 22: 536 becomes 536
         2001:db8:42::2, at 23: 536 becomes 536
-    "#]].assert_eq(&text);
+    "#]]
+    .assert_eq(&text);
 }
 
 /// An answer to a right ask is right, as its receiver sees it.

@@ -598,9 +598,9 @@ impl Seen<'_> {
     fn is_icmp_error(&self) -> bool {
         let kind = self.l3().get(self.ip.l4).copied();
         match self.ip.protocol {
-            ICMP => kind.is_none_or(|kind| [3, 4, 5, 11, 12].contains(&kind)),
+            ICMP if self.ip.v4 => kind.is_none_or(|kind| [3, 4, 5, 11, 12].contains(&kind)),
             // A redirect is none by its number, and yet not answered.
-            ICMPV6 => kind.is_none_or(|kind| kind < 128 || kind == 137),
+            ICMPV6 if !self.ip.v4 => kind.is_none_or(|kind| kind < 128 || kind == 137),
             _ => false,
         }
     }
