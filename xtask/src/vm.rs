@@ -33,7 +33,7 @@ enum Action {
         #[arg(value_enum, required = true)]
         kernels: Vec<Version>,
         /// Generated packets for all programs together.
-        #[arg(long, default_value_t = 20_000)]
+        #[arg(long, default_value_t = 5_000)]
         cases: u32,
     },
 }

@@ -6,7 +6,7 @@ use ebpf::{Addr, Answer, Config, NO_SLOT, Node, Reach, Remote, SLOTS, V4_PREFIX,
 use proptest::{bool::weighted, collection::vec, option, prelude::*, sample::select};
 
 use super::{
-    model::{Context, Key, Prefix, World},
+    model::{Context, Key, Prefix, World, lookup},
     packet::{
         ACK, Eth, Extension, ExtensionKind, FIN, Fragment, Harm, Ip, L4, Packet, Probe, RST, SYN, TcpOption, is_v4,
     },
@@ -300,10 +300,26 @@ fn context() -> impl Strategy<Value = Context> {
 /// Any packet; probes between overlay addresses among them.
 pub fn case(way: Way) -> impl Strategy<Value = Case> {
     let plain = (eth(), ip(addresses(way)), l4(), harm()).boxed();
-    let probes = (eth(), ip((pick(OVERLAY), pick(OVERLAY))), probe_packet(), harm()).boxed();
+    let nodes = (pick(&OVERLAY[..7]), pick(&OVERLAY[..5]));
+    let members = (pick(&OVERLAY[7..]), pick(&OVERLAY[..5]));
+    let outwards = (pick(&OVERLAY[..5]), pick(OVERLAY));
+    let overlay = match way {
+        Way::Hop => nodes.boxed(),
+        Way::In => members.boxed(),
+        Way::Out => outwards.boxed(),
+    };
+    let probes = (eth(), ip(prop_oneof![4 => overlay, 1 => (pick(OVERLAY), pick(OVERLAY))]), probe_packet(), harm());
+    let probes = probes.boxed();
     let packet = prop_oneof![4 => plain, 1 => probes].prop_map(|(eth, ip, l4, harm)| Packet { eth, ip, l4, harm });
-    (packet, context(), length(), segments()).prop_map(|(packet, context, length, segments)| {
+    // Mostly as packets come: from the hop with the MAC of their secret, by the node of their source; elsewhere without a key.
+    let fits = (weighted(0.9), weighted(0.9));
+    (packet, context(), length(), segments(), fits).prop_map(move |(packet, context, length, segments, fits)| {
         let mut case = Case { packet, context };
+        match way {
+            Way::Hop => case.come_by_hop(fits),
+            Way::Out | Way::In if fits.0 => case.context.key = None,
+            Way::Out | Way::In => {}
+        }
         match segments {
             Some(wanted) => case.cut_to_segments(wanted),
             None => case.grow_to(length.unwrap_or(0)),
@@ -313,6 +329,19 @@ pub fn case(way: Way) -> impl Strategy<Value = Case> {
 }
 
 impl Case {
+    fn come_by_hop(&mut self, (right_mac, right_node): (bool, bool)) {
+        let Some(key) = &mut self.context.key else { return };
+        if let Some(secret) = VNI.iter().position(|vni| *vni == key.vni).filter(|_| right_mac) {
+            self.packet.eth.dst = MAC[secret];
+        }
+        let homes: BTreeMap<Prefix, Option<usize>> = HOMES.iter().map(|(text, node)| (prefix(text), *node)).collect();
+        match lookup(&homes, self.packet.ip.src) {
+            Some(Some(node)) if right_node => key.remote = home_of(node),
+            None if right_node => key.remote = home_of(0),
+            _ => {}
+        }
+    }
+
     fn payload(&mut self) -> Option<&mut usize> {
         match &mut self.packet.l4 {
             L4::Tcp { payload, .. }

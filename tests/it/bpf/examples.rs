@@ -181,7 +181,45 @@ fn steer() {
     ]);
     table.node("a gateway", &gateway(), rows);
     table.node("a worker", &worker(), ways_out());
-    table.is(expect![[""]]);
+    table.is(expect![[r#"
+        a gateway
+          a pod to a remote pod              10.42.0.2 > 10.44.0.5: by carrick-wg1
+          the same by IPv6                   2001:db8:42::2 > 2001:db8:44::5: by carrick-wg1
+          another member, by another gateway 10.42.0.2 > 10.45.1.1: by the hop to 192.0.2.11
+          a member that nobody reaches       10.42.0.2 > 10.46.7.3: dropped, no_gateway
+          a range not offered to it          10.43.0.8 > 10.44.0.5: dropped, source_not_offered
+          a fragment, not the first          10.42.0.2 > 10.44.0.5: by carrick-wg1
+          as large as fits                   10.42.0.2 > 10.44.0.5: by carrick-wg1
+          larger                             10.42.0.2 > 10.44.0.5: to the stack by carrick-hop, ICMP "too big" about it
+          larger, and may be fragmented      10.42.0.2 > 10.44.0.5: to the stack by carrick-hop, ICMP "too big" about it
+          segments that fit                  10.42.0.2 > 10.44.0.5: by carrick-wg1
+          segments that do not               2001:db8:42::2 > 2001:db8:44::5: to the stack by carrick-hop, ICMP "too big" about it
+          an endpoint carved out of it       10.42.0.2 > 10.44.9.9: dropped, not_remote
+          our own WireGuard's                192.0.2.10 > 10.44.0.5: dropped, loop
+          nobody's address                   10.42.0.2 > 8.8.8.8: dropped, not_remote
+          a probe of this slot to a far one  fdaa:bbbb:cccc:1::1 > fdaa:bbbb:cccc:2::8: by carrick-wg7
+          a probe to another slot of ours    fdaa:bbbb:cccc:1::1 > fdaa:bbbb:cccc:1::2: by the hop to 192.0.2.11
+          a probe that a pod made up         fdaa:bbbb:cccc:1::1 > fdaa:bbbb:cccc:2::8: dropped, not_for_overlay
+          a probe to a node                  fdaa:bbbb:cccc:1::1 > fdaa:bbbb:cccc:2:8000::1: dropped, not_for_overlay
+          what is no probe, to a slot        fdaa:bbbb:cccc:1::1 > fdaa:bbbb:cccc:2::8: dropped, not_for_overlay
+          what from_peer gave a key          10.44.0.5 > 10.42.1.2: on
+          not IP                             10.42.0.2 > 10.44.0.5: dropped, not_ip
+          cut short                          10.42.0.2 > 10.44.0.5: dropped, truncated
+        a worker
+          a pod to a remote pod              10.42.0.2 > 10.44.0.5: by the hop to 192.0.2.11
+          the same by IPv6                   2001:db8:42::2 > 2001:db8:44::5: by the hop to 192.0.2.11
+          another member, by another gateway 10.42.0.2 > 10.45.1.1: by the hop to 192.0.2.11
+          a member that nobody reaches       10.42.0.2 > 10.46.7.3: dropped, no_gateway
+          a range not offered to it          10.43.0.8 > 10.44.0.5: dropped, source_not_offered
+          a fragment, not the first          10.42.0.2 > 10.44.0.5: by the hop to 192.0.2.11
+          as large as fits                   10.42.0.2 > 10.44.0.5: by the hop to 192.0.2.11
+          larger                             10.42.0.2 > 10.44.0.5: to the stack by carrick-hop, ICMP "too big" about it
+          larger, and may be fragmented      10.42.0.2 > 10.44.0.5: to the stack by carrick-hop, ICMP "too big" about it
+          segments that fit                  10.42.0.2 > 10.44.0.5: by the hop to 192.0.2.11
+          segments that do not               2001:db8:42::2 > 2001:db8:44::5: to the stack by carrick-hop, ICMP "too big" about it
+          an endpoint carved out of it       10.42.0.2 > 10.44.9.9: dropped, not_remote
+          our own WireGuard's                192.0.2.10 > 10.44.0.5: dropped, loop
+    "#]]);
 }
 
 #[test]
@@ -197,7 +235,41 @@ fn steer_native() {
     ]);
     table.node("a gateway", &gateway(), rows);
     table.node("a worker", &worker(), ways_out());
-    table.is(expect![[""]]);
+    table.is(expect![[r#"
+        a gateway
+          a pod to a remote pod              10.42.0.2 > 10.44.0.5: by carrick-wg1
+          the same by IPv6                   2001:db8:42::2 > 2001:db8:44::5: by carrick-wg1
+          another member, by another gateway 10.42.0.2 > 10.45.1.1: by the hop to 192.0.2.11
+          a member that nobody reaches       10.42.0.2 > 10.46.7.3: dropped, no_gateway
+          a range not offered to it          10.43.0.8 > 10.44.0.5: dropped, source_not_offered
+          a fragment, not the first          10.42.0.2 > 10.44.0.5: by carrick-wg1
+          as large as fits                   10.42.0.2 > 10.44.0.5: by carrick-wg1
+          larger                             10.42.0.2 > 10.44.0.5: to the stack by carrick-hop, ICMP "too big" about it
+          larger, and may be fragmented      10.42.0.2 > 10.44.0.5: to the stack by carrick-hop, ICMP "too big" about it
+          segments that fit                  10.42.0.2 > 10.44.0.5: by carrick-wg1
+          segments that do not               2001:db8:42::2 > 2001:db8:44::5: to the stack by carrick-hop, ICMP "too big" about it
+          an endpoint carved out of it       10.42.0.2 > 10.44.9.9: on
+          our own WireGuard's                192.0.2.10 > 10.44.0.5: dropped, loop
+          foreign traffic                    10.42.0.2 > 8.8.8.8: on
+          a forged hop packet of a pod       10.42.0.2 > 192.0.2.12: dropped, hop_forged
+          a real one, of this node           192.0.2.10 > 192.0.2.12: on
+          an overlay address                 2001:db8:42::2 > fdaa:bbbb:cccc:2::1: dropped, not_for_overlay
+          not IP                             10.42.0.2 > 10.44.0.5: on
+        a worker
+          a pod to a remote pod              10.42.0.2 > 10.44.0.5: by the hop to 192.0.2.11
+          the same by IPv6                   2001:db8:42::2 > 2001:db8:44::5: by the hop to 192.0.2.11
+          another member, by another gateway 10.42.0.2 > 10.45.1.1: by the hop to 192.0.2.11
+          a member that nobody reaches       10.42.0.2 > 10.46.7.3: dropped, no_gateway
+          a range not offered to it          10.43.0.8 > 10.44.0.5: dropped, source_not_offered
+          a fragment, not the first          10.42.0.2 > 10.44.0.5: by the hop to 192.0.2.11
+          as large as fits                   10.42.0.2 > 10.44.0.5: by the hop to 192.0.2.11
+          larger                             10.42.0.2 > 10.44.0.5: to the stack by carrick-hop, ICMP "too big" about it
+          larger, and may be fragmented      10.42.0.2 > 10.44.0.5: to the stack by carrick-hop, ICMP "too big" about it
+          segments that fit                  10.42.0.2 > 10.44.0.5: by the hop to 192.0.2.11
+          segments that do not               2001:db8:42::2 > 2001:db8:44::5: to the stack by carrick-hop, ICMP "too big" about it
+          an endpoint carved out of it       10.42.0.2 > 10.44.9.9: on
+          our own WireGuard's                192.0.2.10 > 10.44.0.5: dropped, loop
+    "#]]);
 }
 
 #[test]
@@ -226,7 +298,42 @@ fn from_hop() {
     };
     table.node("a gateway", &gateway(), rows());
     table.node("a worker", &worker(), rows());
-    table.is(expect![[""]]);
+    table.is(expect![[r#"
+        a gateway
+          without a key: injected            10.44.0.5 > 10.42.0.2: on
+          a worker's pod to a remote pod     10.42.2.2 > 10.44.0.5: by carrick-wg1
+          with its last TTL                  10.42.2.2 > 10.44.0.5: to the stack
+          too large                          10.42.2.2 > 10.44.0.5: by the hop to 192.0.2.12, ICMP "too big" about it
+          to a member only others reach      10.42.2.2 > 10.45.1.1: dropped, no_gateway
+          a pod of another node              10.42.1.2 > 10.44.0.5: dropped, hop_foreign_source
+          a remote pod by a gateway          10.44.0.5 > 10.42.0.2: to the stack
+          the same, not for a pod here       10.44.0.5 > 10.42.2.2: dropped, hop_foreign_source
+          a remote pod by a worker           10.44.0.5 > 10.42.0.2: dropped, hop_foreign_source
+          a node of another cluster          10.42.2.2 > 10.44.0.5: dropped, hop_unknown_node
+          a wrong MAC                        10.42.2.2 > 10.44.0.5: dropped, hop_unauthenticated
+          the other secret's MAC             10.42.2.2 > 10.44.0.5: dropped, hop_unauthenticated
+          a probe of a worker                fdaa:bbbb:cccc:1:8000::12 > fdaa:bbbb:cccc:1::1: by the hop to 192.0.2.12
+          an answer                          fdaa:bbbb:cccc:1:8000::12 > fdaa:bbbb:cccc:1::1: to the stack
+          what is neither                    fdaa:bbbb:cccc:1:8000::12 > fdaa:bbbb:cccc:1::1: dropped, malformed_probe
+          a SYN to an overlay address        fdaa:bbbb:cccc:1:8000::12 > fdaa:bbbb:cccc:1::1: dropped, not_for_overlay
+        a worker
+          without a key: injected            10.44.0.5 > 10.42.0.2: on
+          a worker's pod to a remote pod     10.42.2.2 > 10.44.0.5: dropped, hop_unknown_node
+          with its last TTL                  10.42.2.2 > 10.44.0.5: dropped, hop_unknown_node
+          too large                          10.42.2.2 > 10.44.0.5: dropped, hop_unknown_node
+          to a member only others reach      10.42.2.2 > 10.45.1.1: dropped, hop_unknown_node
+          a pod of another node              10.42.1.2 > 10.44.0.5: dropped, hop_unknown_node
+          a remote pod by a gateway          10.44.0.5 > 10.42.0.2: to the stack
+          the same, not for a pod here       10.44.0.5 > 10.42.2.2: dropped, hop_foreign_source
+          a remote pod by a worker           10.44.0.5 > 10.42.0.2: dropped, hop_unknown_node
+          a node of another cluster          10.42.2.2 > 10.44.0.5: dropped, hop_unknown_node
+          a wrong MAC                        10.42.2.2 > 10.44.0.5: dropped, hop_unauthenticated
+          the other secret's MAC             10.42.2.2 > 10.44.0.5: dropped, hop_unauthenticated
+          a probe of a worker                fdaa:bbbb:cccc:1:8000::12 > fdaa:bbbb:cccc:1::1: dropped, hop_unknown_node
+          an answer                          fdaa:bbbb:cccc:1:8000::12 > fdaa:bbbb:cccc:1::1: dropped, hop_unknown_node
+          what is neither                    fdaa:bbbb:cccc:1:8000::12 > fdaa:bbbb:cccc:1::1: dropped, hop_unknown_node
+          a SYN to an overlay address        fdaa:bbbb:cccc:1:8000::12 > fdaa:bbbb:cccc:1::1: dropped, hop_unknown_node
+    "#]]);
 }
 
 #[test]
@@ -252,7 +359,25 @@ fn from_peer() {
         row("from an overlay address to a pod", ask[0], POD6),
     ];
     table.node("a gateway", &gateway(), rows);
-    table.is(expect![[""]]);
+    table.is(expect![[r#"
+        a gateway
+          to a pod here                      10.44.0.5 > 10.42.0.2: to the stack by carrick-hop
+          to a pod of another node           10.44.0.5 > 10.42.1.2: by the hop to 192.0.2.11
+          the same by IPv6                   2001:db8:44::5 > 2001:db8:42:2::2: by the hop to 2001:db8:f::13
+          to a pod of nobody                 10.44.0.5 > 10.42.200.9: dropped, no_home
+          to another node, with its last TTL 10.44.0.5 > 10.42.1.2: to the stack by carrick-hop
+          to another node, too large         10.44.0.5 > 10.42.1.2: back by its device, ICMP "too big" about it
+          to what is not offered             10.44.0.5 > 10.43.0.8: dropped, not_offered
+          to what is offered to others       10.45.1.1 > 10.42.70.3: dropped, not_offered
+          from no member                     8.8.8.8 > 10.42.0.2: dropped, foreign_source
+          from ourselves                     10.42.0.2 > 10.42.1.2: dropped, foreign_source
+          an ask                             fdaa:bbbb:cccc:2::3 > fdaa:bbbb:cccc:1::1: back by its device
+          an answer                          fdaa:bbbb:cccc:2::3 > fdaa:bbbb:cccc:1::1: to the stack by carrick-hop
+          a probe from a pod                 2001:db8:44::5 > fdaa:bbbb:cccc:1::1: dropped, not_for_overlay
+          a probe to another slot of ours    fdaa:bbbb:cccc:2::3 > fdaa:bbbb:cccc:1::2: dropped, not_for_overlay
+          a SYN to an overlay address        fdaa:bbbb:cccc:2::3 > fdaa:bbbb:cccc:1::1: dropped, not_for_overlay
+          from an overlay address to a pod   fdaa:bbbb:cccc:2::3 > 2001:db8:42::2: dropped, not_for_overlay
+    "#]]);
 }
 
 /// What a SYN offers before and after: the largest segment, and whether the checksum is right.
@@ -279,7 +404,25 @@ fn to_peer() {
             }
         }
     }
-    expect![[""]].assert_eq(&text);
+    expect![[r#"
+        10.42.0.2, at 22: 1460 becomes 1340
+        10.42.0.2, at 23: 1460 becomes 1340
+        10.42.0.2, at 22: 1341 becomes 1340
+        10.42.0.2, at 23: 1341 becomes 1340
+        10.42.0.2, at 22: 1340 becomes 1340
+        10.42.0.2, at 23: 1340 becomes 1340
+        10.42.0.2, at 22: 536 becomes 536
+        10.42.0.2, at 23: 536 becomes 536
+        2001:db8:42::2, at 22: 1460 becomes 1320
+        2001:db8:42::2, at 23: 1460 becomes 1320
+        2001:db8:42::2, at 22: 1341 becomes 1320
+        2001:db8:42::2, at 23: 1341 becomes 1320
+        2001:db8:42::2, at 22: 1340 becomes 1320
+        2001:db8:42::2, at 23: 1340 becomes 1320
+        2001:db8:42::2, at 22: 536 becomes 536
+        2001:db8:42::2, at 23: 536 becomes 536
+    "#]]
+    .assert_eq(&text);
 }
 
 /// An answer to a right ask is right, as its receiver sees it.

@@ -110,11 +110,8 @@ pub struct Outcome {
 /// The index of the only device of a test run, `lo`.
 pub const HERE: u32 = 1;
 
-/// Bytes of IP headers beyond which a packet is not quoted, so that nobody is told of it: extension headers of 25 bytes.
-const LONGEST_QUOTED: usize = 64;
-
 /// The source MAC of what comes to the stack from a device without any.
-const NOBODY: [u8; 6] = [2, 0, 0, 0, 0, 0];
+const NOBODY: [u8; 6] = [0; 6];
 
 pub fn lookup<V: Clone>(map: &BTreeMap<Prefix, V>, addr: Addr) -> Option<V> {
     map.iter()
@@ -459,7 +456,7 @@ impl Seen<'_> {
     /// Towards a range of a member.
     fn steered(&self, member: u16, from: From) -> Outcome {
         let world = self.world;
-        if self.is_our_tunnel() {
+        if from != From::Worker && self.is_our_tunnel() {
             return dropped(Reason::Loop, self.context);
         }
         if !world.offers(self.ip.src, member) {
@@ -508,7 +505,7 @@ impl Seen<'_> {
 
     /// Out by a WireGuard device.
     fn by_device(&self, ifindex: u32) -> Outcome {
-        Outcome { verdict: Verdict::Device(ifindex), mark: 0, ..next(self.frame, self.context) }
+        Outcome { verdict: Verdict::Device(ifindex), ..next(self.frame, self.context) }
     }
 
     /// Out by the hop, to the node that the key names.
@@ -590,10 +587,10 @@ impl Seen<'_> {
     /// No error is about an error, nor about a later fragment (RFC 1122 §3.2.2, RFC 4443 §2.4).
     fn told(&self, error: TooBig, verdict: Verdict) -> Outcome {
         let mut outcome = dropped(Reason::TooBig, self.context);
-        if self.ip.fragment != Fragment::Later && !self.is_icmp_error() && self.ip.l4 <= LONGEST_QUOTED {
+        if self.ip.fragment != Fragment::Later && !self.is_icmp_error() {
             outcome.verdict = verdict;
             outcome.frame = Frame::TooBig(error);
-            outcome.mark = if matches!(verdict, Verdict::Ingress(_)) { self.context.mark } else { 0 };
+            outcome.mark = if matches!(verdict, Verdict::Hop(..)) { 0 } else { self.context.mark };
         }
         outcome
     }
@@ -601,9 +598,9 @@ impl Seen<'_> {
     fn is_icmp_error(&self) -> bool {
         let kind = self.l3().get(self.ip.l4).copied();
         match self.ip.protocol {
-            ICMP => kind.is_none_or(|kind| [3, 4, 5, 11, 12].contains(&kind)),
+            ICMP if self.ip.v4 => kind.is_none_or(|kind| [3, 4, 5, 11, 12].contains(&kind)),
             // A redirect is none by its number, and yet not answered.
-            ICMPV6 => kind.is_none_or(|kind| kind < 128 || kind == 137),
+            ICMPV6 if !self.ip.v4 => kind.is_none_or(|kind| kind < 128 || kind == 137),
             _ => false,
         }
     }
@@ -622,8 +619,8 @@ impl Seen<'_> {
         udp[8 + probe::MEMBERS..].copy_from_slice(&answer.members);
         if before[6..8] != [0, 0] {
             for at in (8..udp.len()).step_by(2) {
-                let word = |bytes: &[u8]| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
-                let (old, new) = (word(&before), word(udp));
+                let old = u16::from_be_bytes([before[at], before[at + 1]]);
+                let new = u16::from_be_bytes([udp[at], udp[at + 1]]);
                 replace(udp, 6, old, new);
             }
             if udp[6..8] == [0, 0] {
@@ -637,7 +634,6 @@ impl Seen<'_> {
             },
             _ => Outcome {
                 verdict: Verdict::Device(HERE),
-                mark: 0,
                 frame: Frame::Exactly([&self.frame[..ETH], &l3].concat()),
                 ..next(self.frame, self.context)
             },

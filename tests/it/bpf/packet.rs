@@ -145,10 +145,6 @@ pub enum Harm {
 }
 
 impl Probe {
-    pub fn ask(nonce: u64) -> Probe {
-        Probe { magic: probe::MAGIC, kind: probe::ASK, flags: 0, mtu: 0, nonce, len: probe::LEN }
-    }
-
     fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len.max(probe::MEMBERS)];
         bytes[..4].copy_from_slice(&self.magic);
