@@ -75,7 +75,7 @@ fn the_flows_of_a_dead_slot_are_spread() {
         let moved: Vec<u8> = flows
             .iter()
             .filter(|flow| choose(**flow, u8::MAX) == Some(dead))
-            .map(|flow| choose(*flow, u8::MAX & !(1 << dead)).expect("seven are healthy"))
+            .map(|flow| choose(*flow, !(1 << dead)).expect("seven are healthy"))
             .collect();
         let even = moved.len() as f64 / f64::from(SLOTS - 1);
         for slot in (0..SLOTS).filter(|slot| *slot != dead) {

@@ -348,7 +348,7 @@ fn tcp([source, destination]: [u16; 2], flags: u8, options: &[TcpOption], payloa
     l4.extend(source.to_be_bytes());
     l4.extend(destination.to_be_bytes());
     l4.extend([1, 2, 3, 4, 5, 6, 7, 8]);
-    l4.extend([((20 + option_bytes.len()) / 4 << 4) as u8, flags, 0xfa, 0xf0, 0, 0, 0, 0]);
+    l4.extend([(((20 + option_bytes.len()) / 4) << 4) as u8, flags, 0xfa, 0xf0, 0, 0, 0, 0]);
     l4.extend(option_bytes);
     l4.extend(content(payload));
     l4
