@@ -181,7 +181,7 @@ fn tcp_option() -> impl Strategy<Value = TcpOption> {
 fn probe_packet() -> impl Strategy<Value = L4> {
     let magic = prop_oneof![30 => Just(probe::MAGIC), 1 => any::<[u8; 4]>()];
     let kind = prop_oneof![20 => Just(probe::ASK), 10 => Just(probe::ANSWER), 1 => any::<u8>()];
-    let len = prop_oneof![30 => Just(probe::LEN), 1 => 0..600_usize];
+    let len = prop_oneof![30 => Just(probe::LEN), 3 => 0..600_usize, 3 => 600..1500_usize];
     let ports = prop_oneof![30 => Just([PROBE_PORT; 2]), 1 => (port(), port()).prop_map(|(a, b)| [a, b])];
     (magic, kind, any::<u8>(), any::<u16>(), any::<u64>(), len, ports).prop_map(
         |(magic, kind, flags, mtu, nonce, len, ports)| L4::Probe {

@@ -10,7 +10,7 @@ use aya::{
         lpm_trie::{Key as TrieKey, LpmTrie},
     },
 };
-use ebpf::{Addr, Answer, Config, Count, Home, Node, Offered, Reach, Reason, Remote, SLOTS, TestKey, TestSeen, Wake};
+use ebpf::{Addr, Answer, Config, Count, Home, Node, Offered, Reach, Reason, Remote, TestKey, TestSeen, Wake, sent};
 
 use super::{
     cases::MEMBERS,
@@ -147,7 +147,7 @@ impl Maps {
         for reason in Reason::ALL {
             counters.drops.insert(*reason, self.drops.get(&(*reason as u32), 0)?.iter().sum());
         }
-        for index in 0..2 * u32::from(SLOTS) {
+        for index in 0..sent::LEN {
             for count in self.sent.get(&index, 0)?.iter() {
                 counters.send(index, count.packets, count.bytes);
             }

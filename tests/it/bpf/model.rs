@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ebpf::{Addr, Answer, Config, NO_SLOT, Node, Reach, Reason, Remote, SLOTS, probe, remote};
+use ebpf::{Addr, Answer, Config, NO_SLOT, Node, Reach, Reason, Remote, probe, remote, sent};
 
 use super::packet::{ETH, ICMP, ICMPV6, SYN, TCP, UDP, checksum, is_v4};
 use super::parse::{Fragment, Ip, Malformed, parse};
@@ -352,7 +352,9 @@ pub fn from_peer(world: &World, frame: &[u8], context: &Context) -> Outcome {
     }
     match world.home(dst) {
         None => dropped(Reason::NoHome, context),
-        Some(home) if home == Addr::NONE || seen.ip.ttl <= 1 => seen.injected(),
+        Some(home) if home == Addr::NONE || seen.ip.ttl <= 1 => {
+            Outcome { sent: seen.sent(sent::FROM_PEERS), ..seen.injected() }
+        }
         Some(home) => seen.delivered(home),
     }
 }
@@ -428,7 +430,7 @@ impl Seen<'_> {
         let payload = &udp[8..];
         let kind = payload.get(probe::TYPE).copied().unwrap_or(0);
         let length = usize::from(u16::from_be_bytes([udp[4], udp[5]]));
-        let whole = udp.len() == 8 + probe::LEN && length == udp.len() && payload.starts_with(&probe::MAGIC);
+        let whole = udp.len() >= 8 + probe::LEN && length == udp.len() && payload.starts_with(&probe::MAGIC);
         if whole && (kind == probe::ASK || kind == probe::ANSWER) { Ok(kind) } else { Err(Reason::MalformedProbe) }
     }
 
@@ -483,7 +485,8 @@ impl Seen<'_> {
         if world.is_gateway()
             && let Some(slot) = ebpf::choose(self.ip.flow(), reach.links)
         {
-            let sent = self.sent(u32::from(SLOTS) + u32::from(slot));
+            let first = if from == From::Worker { sent::FOR_NODES } else { sent::DEVICE };
+            let sent = self.sent(first + u32::from(slot));
             return match world.device(slot) {
                 None => nobody(Reason::NoDevice),
                 Some(_) if from == From::Worker && self.ip.ttl <= 1 => to_stack(self.frame, self.context),
@@ -498,7 +501,7 @@ impl Seen<'_> {
             None => nobody(Reason::NoGateway),
             Some(slot) => match world.slot_key(slot) {
                 None => nobody(Reason::NoDevice),
-                Some(key) => Outcome { sent: self.sent(u32::from(slot)), ..self.by_hop(from, key) },
+                Some(key) => Outcome { sent: self.sent(sent::HOP + u32::from(slot)), ..self.by_hop(from, key) },
             },
         }
     }
@@ -542,7 +545,7 @@ impl Seen<'_> {
         let Some(key) = self.world.key(home) else { return dropped(Reason::NoDevice, self.context) };
         let l3 = self.one_hop_on().split_off(ETH);
         let hop = self.by_hop(From::Native, key);
-        Outcome { frame: Frame::Exactly(self.hop_frame(&l3)), ..hop }
+        Outcome { frame: Frame::Exactly(self.hop_frame(&l3)), sent: self.sent(sent::FROM_PEERS), ..hop }
     }
 
     /// From a tunnel to this node's stack.
