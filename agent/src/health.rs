@@ -246,9 +246,13 @@ impl Health {
         };
         match target {
             Target::Own(slot) => {
-                let named = |reach: &Reach| reach.via & (1 << slot.get()) != 0;
                 let mut members = Box::new([0; 512]);
-                for (member, reach) in reach.iter().filter(|(_, reach)| named(reach)) {
+                for (member, reach) in reach {
+                    // Links without a claim, and what stands beside them, were merely kept.
+                    let kept = reach.links != 0 && !claims(&answer.members, *member);
+                    if kept || reach.via & (1 << slot.get()) == 0 {
+                        continue;
+                    }
                     claim(&mut members, *member);
                     if reach.links == 0 {
                         watched.told = watched.told.max(reach.mtu);
