@@ -315,7 +315,7 @@ mod tests {
 
     fn check(prepare: &str, cause: &str, events: &[Event]) {
         in_netns(|| async {
-            sh("ip link add eth0 type veth peer name peer; ip link set peer up; ip link set eth0 addrgenmode none up
+            sh("ip link add eth0 type veth peer name peer; ip link set peer addrgenmode none up; ip link set eth0 addrgenmode none up
                 ip addr add 192.168.7.2/24 dev eth0; ip tuntap add carrick-wg0 mode tun
                 ip link set carrick-wg0 addrgenmode none up
                 ip link add carrick-hop type vxlan external; ip link set carrick-hop addrgenmode none; ip link set carrick-hop up");
