@@ -197,8 +197,8 @@ fn node(name: &str, words: &[&str]) -> v1::Node {
 
 fn pod(name: &str, node: &str, words: &[&str]) -> v1::Pod {
     let (namespace, name) = name.split_once('/').unwrap_or(("", name));
-    let mut pod = v1::Pod::default();
-    pod.metadata = v1::Metadata { name: plain(name), namespace: namespace.to_owned() };
+    let metadata = v1::Metadata { name: plain(name), namespace: namespace.to_owned() };
+    let mut pod = v1::Pod { metadata, ..v1::Pod::default() };
     pod.spec.node_name = plain(node);
     for word in words {
         match word.split_once('=') {

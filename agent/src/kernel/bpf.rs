@@ -161,7 +161,7 @@ impl Bpf {
 
     /// Loads and pins maps and programs where they are missing.
     pub(super) async fn load(&mut self) -> io::Result<()> {
-        self.blocking(|pins, object, run_dir| load::load(pins, object, run_dir)).await?;
+        self.blocking(load::load).await?;
         self.maps = Maps::open(&self.pins, &self.object.shapes)?;
         Ok(())
     }
