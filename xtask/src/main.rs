@@ -85,8 +85,10 @@ fn run(args: Args) -> anyhow::Result<bool> {
             test::run(&args)
         }
         Command::Bench(args) => {
-            setup::ensure(For::Bench, install)?;
-            bench::run(&args, &workspace::build_carrick()?)
+            if let Some(needs) = args.needs() {
+                setup::ensure(needs, install)?;
+            }
+            bench::run(&args, workspace::build_carrick)
         }
         Command::Vm(args) => {
             setup::ensure(For::Vm, install)?;

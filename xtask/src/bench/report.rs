@@ -1,8 +1,9 @@
 //! What a benchmark found, as values; printed as a table or for a machine.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -14,22 +15,29 @@ pub enum Output {
 }
 
 /// A limit that is part of the design.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Budget {
     AtLeast(f64),
     AtMost(f64),
 }
 
 /// One measured value.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     pub name: String,
     pub value: f64,
-    pub unit: &'static str,
+    pub unit: Cow<'static, str>,
     pub budget: Option<Budget>,
 }
 
 impl Budget {
+    pub fn limit(self) -> f64 {
+        match self {
+            Budget::AtLeast(limit) | Budget::AtMost(limit) => limit,
+        }
+    }
+
     fn holds(self, value: f64) -> bool {
         match self {
             Budget::AtLeast(limit) => value >= limit,
@@ -48,13 +56,18 @@ impl fmt::Display for Budget {
 }
 
 impl Measured {
+    /// Without a budget.
+    pub fn new(name: &str, value: f64, unit: &'static str) -> Measured {
+        Measured { name: name.to_owned(), value, unit: unit.into(), budget: None }
+    }
+
     /// Whether the budget holds; without one, always.
     pub fn ok(&self) -> bool {
         self.budget.is_none_or(|budget| budget.holds(self.value))
     }
 
     /// By how much the budget is missed, in percent of it.
-    fn verdict(&self) -> String {
+    pub fn verdict(&self) -> String {
         match self.budget {
             None => String::new(),
             Some(_) if self.ok() => "ok".to_owned(),
@@ -83,17 +96,17 @@ fn table(results: &[Measured]) -> String {
     let mut text = String::new();
     for result in results {
         let budget = result.budget.map_or_else(String::new, |budget| budget.to_string());
-        let (name, value, unit, verdict) = (&result.name, digits(result.value), result.unit, result.verdict());
+        let (name, value, unit, verdict) = (&result.name, digits(result.value), &result.unit, result.verdict());
         let line = format!("{name:width$}  {value:>10} {unit:<10}  {budget:<7}  {verdict}");
         text += &format!("{}\n", line.trim_end());
     }
     text
 }
 
-/// Three significant digits, and no fewer than the whole part has.
-fn digits(value: f64) -> String {
+/// Three significant digits, and no fewer than the whole part has; a whole number without decimals.
+pub fn digits(value: f64) -> String {
     let decimals = match value.abs() {
-        0.0 => 0,
+        whole if whole.fract() == 0.0 => 0,
         size if size < 10.0 => 2,
         size if size < 100.0 => 1,
         _ => 0,
@@ -124,7 +137,7 @@ mod tests {
     use super::*;
 
     fn results() -> Vec<Measured> {
-        let measured = |name: &str, value, unit, budget| Measured { name: name.to_owned(), value, unit, budget };
+        let measured = |name: &str, value, unit, budget| Measured { budget, ..Measured::new(name, value, unit) };
         vec![
             measured("tcp carrick", 2.3456, "Gb/s", None),
             measured("tcp vs gotatun", 2.0, "x", Some(Budget::AtLeast(2.0))),
@@ -138,10 +151,10 @@ mod tests {
     fn the_table_names_what_is_missed_and_by_how_much() {
         expect![[r#"
             tcp carrick                2.35 Gb/s
-            tcp vs gotatun             2.00 x           >= 2     ok
+            tcp vs gotatun                2 x           >= 2     ok
             tcp vs wireguard-go        0.90 x           >= 1     MISSED by 10 %
-            retransmits                48.0             <= 0     MISSED
-            memory, 100 peers          50.0 MiB         <= 40    MISSED by 25 %
+            retransmits                  48             <= 0     MISSED
+            memory, 100 peers            50 MiB         <= 40    MISSED by 25 %
         "#]]
         .assert_eq(&table(&results()));
     }

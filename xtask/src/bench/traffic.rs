@@ -3,14 +3,14 @@
 use std::{
     fs,
     io::ErrorKind,
-    net::{SocketAddr, UdpSocket},
+    net::{IpAddr, UdpSocket},
     sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
-use lab::traffic::tcp::throughput;
+use lab::{Host, Pod, traffic::tcp::throughput};
 use nix::{
     sys::socket::{setsockopt, sockopt},
     unistd::{SysconfVar, sysconf},
@@ -23,6 +23,9 @@ const TCP_PORT: u16 = 5201;
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Of a small UDP packet, in bytes.
 const PAYLOAD: usize = 64;
+
+/// A round trip that takes longer has failed.
+const ROUND_TRIP_LIMIT: Duration = Duration::from_secs(2);
 
 /// One TCP stream.
 #[derive(Clone, Copy, Debug)]
@@ -110,17 +113,51 @@ fn measure<T>(duration: Duration, sample: impl Fn() -> Result<T>) -> Result<(T, 
 
 /// Whether a packet gets from one pod to the other and its answer back; an error says what was seen.
 pub fn reaches(from: &End, to: &End) -> Result<()> {
-    let address = SocketAddr::from((to.pod, 9));
-    let socket = from.host.run(|| Ok(UdpSocket::bind((from.pod, 0))?))?;
+    answers(&from.host, from.pod.into(), to.pod.into())
+}
+
+/// Whether a packet that `from` sends by `source` gets to an address, where nothing listens, and its answer back.
+pub fn answers(from: &Host, source: IpAddr, to: IpAddr) -> Result<()> {
+    let socket = from.run(|| Ok(UdpSocket::bind((source, 0))?))?;
     socket.set_read_timeout(Some(Duration::from_millis(300)))?;
-    socket.connect(address)?;
+    socket.connect((to, 9))?;
     socket.send(&[0])?;
-    // Nothing listens there: the far node's refusal is the answer.
+    // The far side's refusal is the answer.
     match socket.recv(&mut [0]) {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
         Err(error) => Err(error).context("no answer"),
         Ok(_) => Ok(()),
     }
+}
+
+/// The times of so many UDP round trips from pod to pod, each begun when the one before has ended.
+pub fn round_trips(from: &Pod, to: &Pod, count: usize) -> Result<Vec<Duration>> {
+    let echo = to.host.run(|| Ok(UdpSocket::bind((to.ip(), 0))?))?;
+    let asker = from.host.run(|| Ok(UdpSocket::bind((from.ip(), 0))?))?;
+    asker.connect(echo.local_addr()?)?;
+    asker.set_read_timeout(Some(ROUND_TRIP_LIMIT))?;
+    echo.set_read_timeout(Some(ROUND_TRIP_LIMIT))?;
+    thread::scope(|scope| {
+        let echoing = scope.spawn(|| -> std::io::Result<()> {
+            let mut packet = [0; PAYLOAD];
+            for _ in 0..count {
+                let (length, asker) = echo.recv_from(&mut packet)?;
+                echo.send_to(&packet[..length], asker)?;
+            }
+            Ok(())
+        });
+        let ask = || {
+            let sent = Instant::now();
+            asker.send(&[0; PAYLOAD])?;
+            asker.recv(&mut [0; PAYLOAD])?;
+            Ok(sent.elapsed())
+        };
+        let times: Result<Vec<_>> = (0..count).map(|_| ask()).collect();
+        let echoed = echoing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let times = times.context("a round trip")?;
+        echoed.context("echo")?;
+        Ok(times)
+    })
 }
 
 /// User and system time of these processes, all threads.

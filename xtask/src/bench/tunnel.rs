@@ -11,6 +11,7 @@ use super::{
     ends::Ends,
     implementation::{IMPLEMENTATIONS, Implementation, start_ours},
     report::{self, Budget, Measured, Output},
+    statistics::median,
     traffic::{self, Tcp, Udp},
 };
 use crate::process::check_interrupted;
@@ -113,7 +114,7 @@ impl Samples {
     fn results(&self, name: &str) -> Vec<Measured> {
         let tcp = || self.0.iter().flat_map(|sample| sample.tcp);
         let retransmits: u64 = tcp().map(|tcp| tcp.retransmits).sum();
-        let one = |what: &str, value, unit| Measured { name: format!("{name} {what}"), value, unit, budget: None };
+        let one = |what: &str, value, unit| Measured::new(&format!("{name} {what}"), value, unit);
         vec![
             one("tcp", self.throughput() / 1e9, "Gb/s"),
             Measured {
@@ -136,7 +137,7 @@ fn ratios(samples: &BTreeMap<&str, Samples>) -> Vec<Measured> {
         let ratio = |what: &str, value| Measured {
             name: format!("{OURS} over {name}, {what}"),
             value,
-            unit: "x",
+            unit: "x".into(),
             budget: Some(Budget::AtLeast(limit)),
         };
         results.push(ratio("tcp", ours.throughput() / theirs.throughput()));
@@ -166,32 +167,14 @@ fn memory(carrick: &Path, peers: usize, limit: Option<f64>) -> Result<Measured> 
     Ok(Measured {
         name: format!("memory, 2 devices of {peers} peers"),
         value: traffic::peak_memory(pid)? as f64 / f64::from(1 << 20),
-        unit: "MiB",
+        unit: "MiB".into(),
         budget: limit.map(Budget::AtMost),
     })
-}
-
-/// The middle value, or the mean of the two middle ones; NaN, which meets no budget, of nothing.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        count if count % 2 == 1 => values[count / 2],
-        count => f64::midpoint(values[count / 2 - 1], values[count / 2]),
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_median_ignores_order_and_outliers() {
-        assert_eq!(median([3.0, 1.0, 100.0].into_iter()), 3.0);
-        assert_eq!(median([4.0, 1.0, 2.0, 3.0].into_iter()), 2.5);
-        assert!(median([].into_iter()).is_nan());
-    }
 
     #[test]
     fn ratios_of_medians_meet_the_budgets_or_not() {

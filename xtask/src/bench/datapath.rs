@@ -1,0 +1,239 @@
+//! The data plane beside the same tunnels with plain routes: throughput and round trips, in turns; and what a packet
+//! costs in `steer`.
+//!
+//! Both stand side by side for a whole run, and each round measures one after the other, so that a slow minute of the
+//! machine hits both. What is compared are the medians of the rounds' own ratios and differences.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use lab::{Cni, Member, Pod, traffic::tcp::throughput};
+
+use super::{
+    joined::Joined,
+    plain,
+    report::{self, Budget, Measured, Output},
+    saved::{self, Machine},
+    statistics::median,
+    steer, traffic,
+    way::{self, Way},
+};
+use crate::process::check_interrupted;
+
+const PORT: u16 = 5201;
+const STREAMS: [usize; 2] = [1, 4];
+/// Round trips of each kind in each round, after as many again / 10 that are not counted.
+const ROUND_TRIPS: usize = 2000;
+/// Of the traffic that shows the way: how long, and how many packets at least.
+const LOOK: (Duration, u64) = (Duration::from_millis(500), 50);
+
+/// At least so much of the throughput with plain routes.
+const THROUGHPUT: Budget = Budget::AtLeast(0.95);
+/// Microseconds that hop and programs may add to a round trip.
+const ADDED: Budget = Budget::AtMost(12.0);
+
+/// From which pods to which.
+struct Shape {
+    name: &'static str,
+    nodes: u8,
+    gateways: u8,
+}
+
+/// With one gateway there is one way: from its pods to those of the other.
+const SHAPES: [Shape; 2] = [
+    Shape { name: "worker to worker", nodes: 3, gateways: 2 },
+    Shape { name: "gateway to gateway", nodes: 1, gateways: 1 },
+];
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// How often each is measured.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// How long the streams run.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    seconds: u64,
+    /// Only what a packet costs in `steer`; nothing is saved.
+    #[arg(long)]
+    steer: bool,
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// Measures, saves and prints; true if every budget holds.
+pub fn run(args: &Args, carrick: &Path) -> Result<bool> {
+    let mut results = Vec::new();
+    if !args.steer {
+        for shape in &SHAPES {
+            results.extend(measure(shape, args, carrick).context(shape.name)?);
+        }
+    }
+    results.extend(steer::measure()?);
+    if !args.steer {
+        saved::write_datapath(&saved::Datapath {
+            machine: Machine::read()?,
+            rounds: args.rounds,
+            results: results.clone(),
+        })?;
+    }
+    report::print(&results, args.output);
+    Ok(report::ok(&results))
+}
+
+/// What is measured, in a round: of ours, then of plain routes.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Tcp { streams: usize },
+    RoundTrip,
+}
+
+fn kinds() -> impl Iterator<Item = Kind> {
+    STREAMS.into_iter().map(|streams| Kind::Tcp { streams }).chain([Kind::RoundTrip])
+}
+
+/// All rounds of one kind: what ours did, and plain routes, in bits per second or microseconds.
+#[derive(Debug)]
+struct Rounds {
+    kind: Kind,
+    pairs: Vec<[f64; 2]>,
+}
+
+fn measure(shape: &Shape, args: &Args, carrick: &Path) -> Result<Vec<Measured>> {
+    let members = Member::pair_of_three(Cni::Bridge).map(|member| Member {
+        nodes: shape.nodes,
+        gateways: shape.gateways,
+        behind_nat: false,
+        ..member
+    });
+    eprintln!("{}: starting both ...", shape.name);
+    let ours = Joined::new("datapath", &members, carrick)?;
+    let plain = Joined::new("plain", &members, carrick)?;
+    for joined in [&ours, &plain] {
+        joined.wait_connected()?;
+        let [from, to] = pods(joined)?;
+        joined.wait_reached(from, to)?;
+    }
+    plain::strip(&plain)?;
+    let result = take_turns(shape, args, &ours, &plain);
+    if result.is_err() {
+        ours.lab.show_logs();
+    }
+    Ok(result?.iter().flat_map(|rounds| results(shape.name, rounds)).collect())
+}
+
+fn take_turns(shape: &Shape, args: &Args, ours: &Joined, other: &Joined) -> Result<Vec<Rounds>> {
+    let mut all = Vec::new();
+    for kind in kinds() {
+        let ways = ways(ours, kind)?;
+        plain::lead(other, ways)?;
+        let [from, to] = pods(other)?;
+        other.wait_reached(from, to)?;
+        let mut pairs = Vec::new();
+        for round in 1..=args.rounds {
+            let time = Duration::from_secs(args.seconds);
+            let pair = [one(ours, kind, time)?, one(other, kind, time)?];
+            eprintln!("{}, round {round} of {}: {}", shape.name, args.rounds, kind.show(pair));
+            pairs.push(pair);
+        }
+        all.push(Rounds { kind, pairs });
+    }
+    Ok(all)
+}
+
+/// The first pods of the last nodes.
+fn pods(joined: &Joined) -> Result<[&Pod; 2]> {
+    let first = |member| joined.last(member)?.pods.first().context("a node has a pod");
+    Ok([first(0)?, first(1)?])
+}
+
+/// Which way packets of that kind go through our data plane.
+fn ways(ours: &Joined, kind: Kind) -> Result<[Way; 2]> {
+    let [from, to] = pods(ours)?;
+    let (time, packets) = LOOK;
+    std::thread::scope(|scope| {
+        let sending = scope.spawn(|| match kind {
+            Kind::Tcp { .. } => throughput(&from.host, &to.host, (to.ip(), PORT).into(), 1, 2 * time).map(drop),
+            Kind::RoundTrip => traffic::round_trips(from, to, ROUND_TRIPS).map(drop),
+        });
+        let ways = way::taken(ours.clusters(), time, packets);
+        sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        ways
+    })
+}
+
+/// One measurement: bits per second, or microseconds.
+fn one(joined: &Joined, kind: Kind, time: Duration) -> Result<f64> {
+    check_interrupted()?;
+    let [from, to] = pods(joined)?;
+    match kind {
+        Kind::Tcp { streams } => {
+            let flow = throughput(&from.host, &to.host, (to.ip(), PORT).into(), streams, time)?;
+            ensure!(flow.bytes > 0, "no byte arrived in {:.1} s", flow.seconds);
+            Ok(flow.megabits_per_second() * 1e6)
+        }
+        Kind::RoundTrip => {
+            traffic::round_trips(from, to, ROUND_TRIPS / 10)?;
+            let times = traffic::round_trips(from, to, ROUND_TRIPS)?;
+            Ok(median(times.iter().map(|time| time.as_secs_f64() * 1e6)))
+        }
+    }
+}
+
+impl Kind {
+    fn show(self, [ours, plain]: [f64; 2]) -> String {
+        match self {
+            Kind::Tcp { streams } => {
+                let ratio = ours / plain;
+                format!("tcp {streams}: {:.2} Gb/s, plain routes {:.2} Gb/s, ratio {ratio:.3}", ours / 1e9, plain / 1e9)
+            }
+            Kind::RoundTrip => format!("round trip: {ours:.1} us, plain routes {plain:.1} us"),
+        }
+    }
+}
+
+/// The medians of both, and of their ratios or differences, which have the budgets.
+fn results(shape: &str, Rounds { kind, pairs }: &Rounds) -> Vec<Measured> {
+    let what = match kind {
+        Kind::Tcp { streams: 1 } => format!("{shape}, tcp 1 stream"),
+        Kind::Tcp { streams } => format!("{shape}, tcp {streams} streams"),
+        Kind::RoundTrip => format!("{shape}, round trip"),
+    };
+    let both = |scale: f64, unit| {
+        [("carrick", 0), ("plain routes", 1)].map(|(name, at)| {
+            Measured::new(&format!("{what}, {name}"), median(pairs.iter().map(|pair| pair[at])) / scale, unit)
+        })
+    };
+    let compared = |name: &str, unit, budget, compare: fn([f64; 2]) -> f64| Measured {
+        budget: Some(budget),
+        ..Measured::new(&format!("{what}, {name}"), median(pairs.iter().copied().map(compare)), unit)
+    };
+    let (both, compared) = match kind {
+        Kind::Tcp { .. } => (both(1e9, "Gb/s"), compared("ratio", "x", THROUGHPUT, |[ours, plain]| ours / plain)),
+        Kind::RoundTrip => (both(1.0, "us"), compared("added", "us", ADDED, |[ours, plain]| ours - plain)),
+    };
+    both.into_iter().chain([compared]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_are_compared_one_by_one() {
+        // The machine was three times as fast in the second round: the medians of each would tell nothing.
+        let rounds = Rounds { kind: Kind::Tcp { streams: 1 }, pairs: vec![[0.9e9, 1e9], [2.7e9, 3e9], [1e9, 1e9]] };
+        let found = results("a to b", &rounds);
+        let names: Vec<&str> = found.iter().map(|result| result.name.as_str()).collect();
+        assert_eq!(
+            names,
+            ["a to b, tcp 1 stream, carrick", "a to b, tcp 1 stream, plain routes", "a to b, tcp 1 stream, ratio"]
+        );
+        assert_eq!(found.iter().map(|result| result.value).collect::<Vec<_>>(), [1.0, 1.0, 0.9]);
+        assert!(!found[2].ok());
+
+        let rounds = Rounds { kind: Kind::RoundTrip, pairs: vec![[110.0, 100.0], [208.0, 200.0], [120.0, 111.0]] };
+        let found = results("a to b", &rounds);
+        assert_eq!(found[2], Measured { budget: Some(ADDED), ..Measured::new("a to b, round trip, added", 9.0, "us") });
+        assert!(found[2].ok());
+    }
+}

@@ -1,0 +1,248 @@
+//! The page of results, with its plots, of what the other benchmarks found last.
+//!
+//! Invariant: the page is a function of the saved results alone: no date, no measuring.
+
+mod svg;
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result};
+
+use self::svg::{Bar, Line, Panel};
+use super::{
+    failover::{Kind, Log},
+    report::{Measured, digits},
+    saved::{self, Datapath},
+    statistics::sorted,
+};
+use crate::workspace;
+
+/// Of the workspace.
+const FOLDER: &str = "docs/bench";
+/// What the gap of a failover must stay below, in milliseconds.
+const GAP: f64 = 1000.0;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Writes docs/bench instead of printing the page.
+    #[arg(long)]
+    write: bool,
+}
+
+/// True: what was not measured yet is an error.
+pub fn run(args: &Args) -> Result<bool> {
+    let (datapath, failover) = (saved::read_datapath()?, Log::read()?);
+    let page = page(&datapath, &failover);
+    if !args.write {
+        print!("{page}");
+        return Ok(true);
+    }
+    let folder = workspace::root().join(FOLDER);
+    fs::create_dir_all(&folder).with_context(|| format!("mkdir {}", folder.display()))?;
+    for (file, text) in
+        [("README.md", page), ("datapath.svg", bars(&datapath.results)), ("failover.svg", gaps(&failover))]
+    {
+        write(&folder.join(file), &text)?;
+    }
+    Ok(true)
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+    eprintln!("{}", path.display());
+    Ok(())
+}
+
+fn page(datapath: &Datapath, failover: &Log) -> String {
+    let Datapath { machine, rounds, results } = datapath;
+    let events = failover.results();
+    let on = &failover.subject.machine;
+    let (cost, compared): (Vec<_>, Vec<_>) = results.iter().cloned().partition(|result| result.unit == "ns");
+    format!(
+        "# Benchmarks
+
+Made by `cargo xtask bench plot --write` from the last runs of the commands below. Members, nodes and pods are network
+namespaces of one machine, the tunnels are Carrick's userspace WireGuard. What has a budget is in bold where it is missed.
+
+## Data plane
+
+`cargo xtask bench datapath`, {rounds} rounds, on {machine}.
+
+The same pods, nodes and tunnels twice: once with Carrick's hop and programs, once with its agents gone, its programs
+detached, and kernel routes (`ip route`) leading packets the same way. Both stand side by side and are measured in turns;
+ratio and added time are medians of the rounds' own. *Worker to worker* is pod, worker, gateway, tunnel, gateway, worker, pod.
+
+![Ratios, added time and cost](datapath.svg)
+
+{}
+A packet in the BPF programs, by `BPF_PROG_TEST_RUN`, which itself costs what an empty program does. The middle of several
+destinations, each asked again and again, so the tables are in the processor's caches.
+
+{}
+## Failover
+
+`cargo xtask bench failover`, on {on}.
+
+A flow of 1000 numbered packets a second between pods of two workers, there and back. Members have two gateways each; each
+event hits a part of the way that the flow takes. The gap is the longest time without an answer. *Mended* is the time when
+what was broken becomes whole again.
+
+![How long traffic stands still](failover.svg)
+
+{}",
+        table(&compared),
+        table(&cost),
+        table(&events)
+    )
+}
+
+fn table(results: &[Measured]) -> String {
+    let mut text = "| what | value | | budget | |\n|---|--:|---|---|---|\n".to_owned();
+    for result in results {
+        let bold = if result.ok() { "" } else { "**" };
+        let budget = result.budget.map_or_else(String::new, |budget| budget.to_string());
+        let Measured { name, value, unit, .. } = result;
+        text += &format!(
+            "| {bold}{name}{bold} | {bold}{}{bold} | {unit} | {budget} | {} |\n",
+            digits(*value),
+            result.verdict()
+        );
+    }
+    text
+}
+
+/// Everything that is compared with something, by unit; and every cost of a packet.
+fn bars(results: &[Measured]) -> String {
+    let panel = |title: &str, unit: &str, wanted: fn(&Measured) -> bool| {
+        let bars = results.iter().filter(|result| result.unit == unit && wanted(result));
+        Panel { title: title.to_owned(), bars: bars.map(bar).collect() }
+    };
+    let compared = |result: &Measured| result.budget.is_some();
+    svg::bars(&[
+        panel("Throughput over that with plain routes", "x", compared),
+        panel("Added to a round trip (us)", "us", compared),
+        panel("One packet in the BPF programs (ns)", "ns", |_| true),
+    ])
+}
+
+fn bar(result: &Measured) -> Bar {
+    Bar {
+        name: result.name.clone(),
+        value: result.value,
+        text: format!("{} {}", digits(result.value), result.unit),
+        limit: result.budget.map(super::report::Budget::limit),
+        ok: result.ok(),
+    }
+}
+
+fn gaps(log: &Log) -> String {
+    let line = |kind: &Kind| Line {
+        name: format!("{}, {} events", kind.name(), log.of(*kind).count()),
+        values: sorted(log.of(*kind).map(|event| event.gap_ms as f64)),
+    };
+    let failures: Vec<Line> = Kind::ALL.iter().filter(|kind| kind.is_failure()).map(line).collect();
+    svg::distribution("Share of failures after which traffic stood still for at most", "ms", &failures, GAP)
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+
+    use super::*;
+    use crate::bench::{
+        failover::{Event, Subject},
+        report::Budget,
+        saved::Machine,
+    };
+
+    fn machine() -> Machine {
+        Machine { processor: "Some CPU".to_owned(), cores: 2, kernel: "6.18.0".to_owned() }
+    }
+
+    fn datapath() -> Datapath {
+        let one = |name: &str, value, unit, budget| Measured { budget, ..Measured::new(name, value, unit) };
+        let results = vec![
+            one("tcp 1 stream, carrick", 2.3456, "Gb/s", None),
+            one("tcp 1 stream, ratio", 0.97, "x", Some(Budget::AtLeast(0.95))),
+            one("round trip, added", 13.2, "us", Some(Budget::AtMost(12.0))),
+            one("steer, 4096 prefixes", 120.0, "ns", Some(Budget::AtMost(150.0))),
+        ];
+        Datapath { machine: machine(), rounds: 7, results }
+    }
+
+    fn failover() -> Log {
+        let event = |kind, gap_ms, lost| Event { kind, to: "mn-0".to_owned(), gap_ms, lost, mended: None };
+        let events = vec![event(Kind::Kill, 600, 590), event(Kind::Cut, 640, 620), event(Kind::Drain, 3, 0)];
+        Log { subject: Subject { machine: machine(), build: "0".to_owned() }, events }
+    }
+
+    #[test]
+    fn the_page_shows_every_value_and_what_is_missed() {
+        expect![[r#"
+            # Benchmarks
+
+            Made by `cargo xtask bench plot --write` from the last runs of the commands below. Members, nodes and pods are network
+            namespaces of one machine, the tunnels are Carrick's userspace WireGuard. What has a budget is in bold where it is missed.
+
+            ## Data plane
+
+            `cargo xtask bench datapath`, 7 rounds, on 2 cores of Some CPU, Linux 6.18.0.
+
+            The same pods, nodes and tunnels twice: once with Carrick's hop and programs, once with its agents gone, its programs
+            detached, and kernel routes (`ip route`) leading packets the same way. Both stand side by side and are measured in turns;
+            ratio and added time are medians of the rounds' own. *Worker to worker* is pod, worker, gateway, tunnel, gateway, worker, pod.
+
+            ![Ratios, added time and cost](datapath.svg)
+
+            | what | value | | budget | |
+            |---|--:|---|---|---|
+            | tcp 1 stream, carrick | 2.35 | Gb/s |  |  |
+            | tcp 1 stream, ratio | 0.97 | x | >= 0.95 | ok |
+            | **round trip, added** | **13.2** | us | <= 12 | MISSED by 10 % |
+
+            A packet in the BPF programs, by `BPF_PROG_TEST_RUN`, which itself costs what an empty program does. The middle of several
+            destinations, each asked again and again, so the tables are in the processor's caches.
+
+            | what | value | | budget | |
+            |---|--:|---|---|---|
+            | steer, 4096 prefixes | 120 | ns | <= 150 | ok |
+
+            ## Failover
+
+            `cargo xtask bench failover`, on 2 cores of Some CPU, Linux 6.18.0.
+
+            A flow of 1000 numbered packets a second between pods of two workers, there and back. Members have two gateways each; each
+            event hits a part of the way that the flow takes. The gap is the longest time without an answer. *Mended* is the time when
+            what was broken becomes whole again.
+
+            ![How long traffic stands still](failover.svg)
+
+            | what | value | | budget | |
+            |---|--:|---|---|---|
+            | gateway off, events | 1 |  |  |  |
+            | gateway off, gap p50 | 600 | ms |  |  |
+            | gateway off, gap p99 | 600 | ms | <= 999 | ok |
+            | gateway off, gap max | 600 | ms |  |  |
+            | gateway off, lost p50 | 590 | packets |  |  |
+            | link cut, events | 1 |  |  |  |
+            | link cut, gap p50 | 640 | ms |  |  |
+            | link cut, gap p99 | 640 | ms | <= 999 | ok |
+            | link cut, gap max | 640 | ms |  |  |
+            | link cut, lost p50 | 620 | packets |  |  |
+            | drain, events | 1 |  |  |  |
+            | drain, gap p50 | 3 | ms |  |  |
+            | drain, gap max | 3 | ms |  |  |
+            | drain, lost in all | 0 | packets | <= 0 | ok |
+        "#]].assert_eq(&page(&datapath(), &failover()));
+    }
+
+    #[test]
+    fn every_value_with_a_budget_has_a_bar_and_every_failure_a_line() {
+        let text = bars(&datapath().results);
+        assert!(
+            ["tcp 1 stream, ratio", "round trip, added", "steer, 4096 prefixes"].iter().all(|name| text.contains(name))
+        );
+        assert!(!text.contains("Gb/s"));
+        assert_eq!(gaps(&failover()).matches("<polyline").count(), 2);
+    }
+}
