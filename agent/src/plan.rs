@@ -145,6 +145,12 @@ impl<'a> Here<'a> {
         (has_way && intent.others().next().is_some()).then_some(here)
     }
 
+    /// The members whose overlay addresses somebody may have: the own one, and those with gateways.
+    fn overlays(self) -> impl Iterator<Item = MemberId> {
+        let others = self.intent.others().filter(|(_, member)| !member.gateways.is_empty());
+        std::iter::once(self.member.id).chain(others.map(|(_, member)| member.id))
+    }
+
     /// The own overlay address: the slot's on a gateway, the node's on a worker.
     fn overlay(self) -> Ipv6Addr {
         match self.slot {

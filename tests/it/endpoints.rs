@@ -49,7 +49,7 @@ fn an_endpoint_inside_a_remote_range_does_not_go_through_the_tunnel() {
         ensure!(thrown.count() == 2, "a throw route in each table: {routes}");
         let way = joined.shell("va", &format!("ip route get {endpoint}; ip route get 203.0.113.9"))?;
         ensure!(way.contains(&format!("{endpoint} via 192.168.2.1")), "{way}");
-        ensure!(way.contains("203.0.113.9 dev carrick-wg0 table 7473"), "{way}");
+        ensure!(way.contains("203.0.113.9 dev carrick-hop table 7473"), "{way}");
         Ok(())
     });
 }

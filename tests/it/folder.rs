@@ -187,10 +187,9 @@ fn what_was_not_offered_to_a_member_is_out_of_its_reach() {
 
         let pod = &va.pods[0].host;
         ensure!(ping(pod, "10.43.0.2".parse()?, 3)?.none_answered(), "what is offered to ge alone answered va");
-        let dropped = joined.shell("mn", "nft list table inet carrick")?;
-        let counted =
-            |line: &str| line.contains("drop") && line.contains("counter packets") && !line.contains("packets 0 ");
-        ensure!(dropped.lines().any(counted), "nobody counted a drop:\n{dropped}");
+        let status = joined.status("mn")?;
+        let counted = |drop: &serde_json::Value| drop["reason"] == "not_offered" && drop["packets"].as_u64() >= Some(3);
+        ensure!(status["drops"].as_array().is_some_and(|drops| drops.iter().any(counted)), "nobody counted: {status}");
         Ok(())
     });
 }

@@ -130,7 +130,7 @@ fn write_psk(file: &std::path::Path, key: &str) -> Result<()> {
 
 /// Without nft nothing can say what a peer may send here, so no peer is made.
 #[test]
-fn without_nft_there_is_no_peer() {
+fn what_nft_is_missing_for_is_named_and_the_rest_goes_on() {
     prepared("no-nft", &Member::pair(), |joined| {
         let _tunnel = joined.carrick.start_tunnel(joined.node("mn")?)?;
         let agent = agent(joined, "")?;
@@ -141,10 +141,26 @@ fn without_nft_there_is_no_peer() {
         joined.wait_status("mn", "what is missing", |status| {
             status["failures"].to_string().contains("nft is not installed: install the package `nftables`")
         })?;
-        let shown = joined.shell("mn", "wg show")?;
-        ensure!(!shown.contains("peer:"), "{shown}");
-        let routes = joined.shell("mn", "ip route show table 7474")?;
-        ensure!(routes.contains("unreachable 10.44.0.0/16"), "{routes}");
+        let shown = joined.shell("mn", "wg show; ip route show table 7474")?;
+        ensure!(shown.contains("peer:") && shown.contains("unreachable 10.44.0.0/16"), "{shown}");
+        Ok(())
+    });
+}
+
+/// The programs are what a peer is let in by.
+#[test]
+fn without_a_bpf_filesystem_there_is_no_peer() {
+    prepared("no-bpffs", &Member::pair(), |joined| {
+        joined.shell("mn", "umount /sys/fs/bpf")?;
+        let _tunnel = joined.carrick.start_tunnel(joined.node("mn")?)?;
+        let _agent = joined.start_agent("mn")?;
+        joined.wait_status("mn", "what is missing", |status| {
+            status["failures"].to_string().contains("mount -t bpf bpf /sys/fs/bpf")
+        })?;
+        let shown = joined.shell("mn", "wg show; ip route show table 7474")?;
+        ensure!(!shown.contains("peer:") && shown.contains("unreachable 10.44.0.0/16"), "{shown}");
+        joined.shell("mn", "mount -t bpf bpf /sys/fs/bpf")?;
+        joined.wait_status("mn", "to go on by itself", |status| status["ready"] == true)?;
         Ok(())
     });
 }

@@ -195,7 +195,8 @@ impl Carrick {
             let (connected, others): (Vec<_>, Vec<_>) = status.peers.iter().partition(|peer| peer.is_connected());
             let whole = others.iter().all(|peer| !wanted.contains(peer.member.as_str()));
             let connected: BTreeSet<&str> = connected.iter().map(|peer| peer.member.as_str()).collect();
-            if status.ready && whole && connected == wanted { Ok(status.clone()) } else { Err(format!("{status:?}")) }
+            let there = status.ready && status.connected && whole && connected == wanted;
+            if there { Ok(status.clone()) } else { Err(format!("{status:?}")) }
         })
     }
 }

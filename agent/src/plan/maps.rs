@@ -55,7 +55,7 @@ fn remote(here: Here<'_>, carved: &BTreeMap<IpAddr, MemberId>) -> BTreeMap<IpNet
         remote.extend(member.offered_to(&here.intent.me).map(|range| (range, Remote::Range(member.id))));
     }
     let overlay = |id| (here.facts.overlay.prefix(id), Remote::Overlay(id));
-    remote.extend(here.intent.members.values().map(|member| overlay(member.id)));
+    remote.extend(here.overlays().map(overlay));
     remote.extend(carved.iter().map(|(address, member)| (IpNetwork::from(*address), Remote::Carved(*member))));
     remote
 }

@@ -30,8 +30,8 @@ pub(super) fn add(state: &mut State, here: Here<'_>, maps: &Maps) {
             state.routes.insert((Table::Remote, prefix), route);
         }
     }
-    for member in here.intent.members.values() {
-        let prefix = here.facts.overlay.prefix(member.id);
+    for member in here.overlays() {
+        let prefix = here.facts.overlay.prefix(member);
         let route = Route::Hop { mtu: Some(here.mtu().into()), source: Some(here.overlay().into()) };
         state.routes.insert((Table::Remote, prefix), route);
         state.routes.insert((Table::Closed, prefix), Route::Unreachable);
