@@ -124,10 +124,10 @@ pub(super) fn mtus(intent: &Intent, report: Option<&Report>) -> BTreeMap<MemberN
     intent.others().filter_map(|(name, member)| Some((name.clone(), found(member.id)?))).collect()
 }
 
-/// The ways to each member that offers something here.
+/// The ways to each other member that has gateways.
 pub(super) fn members(intent: &Intent, report: Option<&Report>) -> Vec<MemberStatus> {
     let slots = |bits: u8| (0..ebpf::SLOTS).filter(|slot| bits & (1 << slot) != 0).collect();
-    let others = intent.others().filter(|(_, member)| member.offered_to(&intent.me).next().is_some());
+    let others = intent.others().filter(|(_, member)| !member.gateways.is_empty());
     let told = others.map(|(name, member)| {
         let reach = report.and_then(|report| report.verdict.reach.get(&member.id)).copied().unwrap_or_default();
         let lost = report.is_none_or(|report| report.verdict.alarms.contains(&Alarm::NoWay(member.id)));

@@ -619,9 +619,9 @@ impl Seen<'_> {
         udp[8 + probe::TYPE] = probe::ANSWER;
         udp[8 + probe::FLAGS] = answer.flags;
         udp[8 + probe::MTU..][..2].copy_from_slice(&answer.mtu);
-        udp[8 + probe::MEMBERS..].copy_from_slice(&answer.members);
+        udp[8 + probe::MEMBERS..8 + probe::LEN].copy_from_slice(&answer.members);
         if before[6..8] != [0, 0] {
-            for at in (8..udp.len()).step_by(2) {
+            for at in (8..8 + probe::LEN).step_by(2) {
                 let old = u16::from_be_bytes([before[at], before[at + 1]]);
                 let new = u16::from_be_bytes([udp[at], udp[at + 1]]);
                 replace(udp, 6, old, new);
