@@ -21,35 +21,20 @@ use nix::sys::signal::Signal;
 
 use crate::joined::{CONNECT_LIMIT, PORT, SOON, carrick};
 
-/// Makes a test of each function, in every network plugin.
-macro_rules! under_every_plugin {
-    ($($test:ident,)*) => {
-        $(mod $test {
-            #[test]
-            fn bridge() {
-                super::meshed(super::Member::pair_of_three(super::Cni::Bridge), super::$test);
-            }
-            #[test]
-            fn host_routing() {
-                super::meshed(super::Member::pair_of_three(super::Cni::HostRouting), super::$test);
-            }
-            #[test]
-            fn skip_fib() {
-                super::meshed(super::Member::pair_of_three(super::Cni::SkipFib), super::$test);
-            }
-            #[test]
-            fn fabric() {
-                super::meshed(super::Member::pair_of_three(super::Cni::Fabric), super::$test);
-            }
-            #[test]
-            fn strict() {
-                super::meshed(super::Member::pair_of_three(super::Cni::Strict), super::$test);
-            }
-        })*
+/// Makes a test of each function, in the network plugin that is its module.
+macro_rules! under {
+    ($plugin:ident, $cni:expr, $($test:ident,)*) => {
+        mod $plugin {
+            $(#[test]
+            fn $test() {
+                super::meshed(super::Member::pair_of_three($cni), super::$test);
+            })*
+        }
     };
 }
 
-under_every_plugin! {
+under! {
+    bridge, super::Cni::Bridge,
     every_pod_reaches_every_remote_pod_with_its_own_address,
     both_gateways_carry_traffic_and_workers_none,
     a_gateway_that_goes_off_is_replaced_and_comes_back,
@@ -60,6 +45,10 @@ under_every_plugin! {
     a_narrow_underlay_swallows_no_stream,
     a_pod_outside_the_ranges_of_nodes_is_found,
 }
+under! { host_routing, super::Cni::HostRouting, every_pod_reaches_every_remote_pod_with_its_own_address, }
+under! { skip_fib, super::Cni::SkipFib, every_pod_reaches_every_remote_pod_with_its_own_address, }
+under! { fabric, super::Cni::Fabric, every_pod_reaches_every_remote_pod_with_its_own_address, }
+under! { strict, super::Cni::Strict, every_pod_reaches_every_remote_pod_with_its_own_address, }
 
 /// Every node's programs run.
 struct Meshed<'a> {
