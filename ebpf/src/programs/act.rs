@@ -70,7 +70,12 @@ pub fn carry_out<E: Entry>(scene: Scene<'_>, decision: Decision) -> i32 {
         Kind::TooBig => return too_big::<E>(scene, verdict.number),
     };
     match done {
-        Ok(action) => action,
+        Ok(action) => {
+            if verdict.sent != 0 {
+                maps::count_sent(verdict.sent - 1, verdict.packets, verdict.bytes);
+            }
+            action
+        }
         Err(reason) => drop::<E>(reason),
     }
 }
@@ -106,9 +111,6 @@ fn up<E: Entry>(scene: Scene<'_>) -> Result<i32, Reason> {
 fn out<E: Entry>(scene: Scene<'_>, verdict: &Verdict) -> Result<i32, Reason> {
     if verdict.hop {
         take_one_from_ttl(scene.skb, scene.l2)?;
-    }
-    if verdict.sent != 0 {
-        maps::count_sent(verdict.sent - 1, verdict.packets, verdict.bytes);
     }
     if verdict.kind == Kind::Node {
         by_hop::<E>(scene, &verdict.node, 0)
