@@ -130,12 +130,15 @@ impl Meshed<'_> {
         })
     }
 
+    /// One after the other, as a rollout does.
     fn restart_agents(&mut self) -> Result<()> {
         for (member, node) in self.lab.nodes() {
             let running = self.running.get_mut(node.host.name()).context("it runs")?;
             running.agent.signal(Signal::SIGKILL)?;
             running.agent.wait(SOON)?;
             running.agent = self.carrick.start_agent(member, node, &self.mesh)?;
+            let other = if member.name == "mn" { "va" } else { "mn" };
+            self.carrick.wait_connected(node, &[other], CONNECT_LIMIT)?;
         }
         Ok(())
     }
