@@ -375,14 +375,9 @@ impl Agent {
         problems.extend(prober::problems(&view.intent, self.report.as_ref()));
         let members = prober::members(&view.intent, self.report.as_ref());
         let slot = view.intent.slot_of(&node_name(&self.args)).map(Ordinal::get);
-        let mut counted = |what: io::Error| problems.push(format!("cannot read what the programs count: {what}"));
-        let sent = self.probing.sent().unwrap_or_else(|error| {
-            counted(error);
-            Vec::new()
-        });
-        let drops = self.probing.drops().unwrap_or_else(|error| {
-            counted(error);
-            Vec::new()
+        let (sent, drops) = self.probing.counts().unwrap_or_else(|error| {
+            problems.push(format!("cannot read what the programs count: {error}"));
+            Default::default()
         });
         Status {
             synced: true,

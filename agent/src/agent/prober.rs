@@ -66,8 +66,13 @@ impl Probing {
         });
     }
 
-    /// Packets by way; an error is for status to show.
-    pub(super) fn sent(&self) -> std::io::Result<Vec<SentStatus>> {
+    /// What the programs count, by way and by reason; an error is for status to show.
+    pub(super) fn counts(&self) -> std::io::Result<(Vec<SentStatus>, Vec<DropStatus>)> {
+        Ok((self.sent()?, self.drops()?))
+    }
+
+    /// Packets by way.
+    fn sent(&self) -> std::io::Result<Vec<SentStatus>> {
         let Some(counters) = &self.counters else { return Ok(Vec::new()) };
         let slots = Ordinal::all().map(|slot| format!("slot {slot}"));
         let devices = Device::all().map(|device| device.to_string());
@@ -78,7 +83,7 @@ impl Probing {
         Ok(told.filter(|sent| sent.packets > 0).collect())
     }
 
-    pub(super) fn drops(&self) -> std::io::Result<Vec<DropStatus>> {
+    fn drops(&self) -> std::io::Result<Vec<DropStatus>> {
         let Some(counters) = &self.counters else { return Ok(Vec::new()) };
         let drops = counters.drops()?.into_iter();
         Ok(drops.map(|(reason, packets)| DropStatus { reason: reason.as_str().to_owned(), packets }).collect())

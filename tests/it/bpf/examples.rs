@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
+use agent::state::Program;
 use ebpf::{Addr, NO_SLOT, Reach, probe};
 use expect_test::{Expect, expect};
 
@@ -10,7 +11,7 @@ use super::{
     check::{differs, read},
     model::{Context, Key, Verdict, World},
     packet::{ACK, Eth, Fragment, Harm, Ip, L4, Packet, Probe, SYN, TcpOption, pseudo_checksum},
-    run::{Loaded, Program},
+    run::{Loaded, model_of},
 };
 
 /// The rows that one program gives, each a node and packets.
@@ -93,7 +94,7 @@ impl Table {
         for Row { what, packet, context } in rows {
             let frame = packet.bytes();
             let ran = self.loaded.run(&frame, &context).expect("a test run");
-            let expected = self.program.model()(world, &frame, &context);
+            let expected = model_of(self.program)(world, &frame, &context);
             assert_eq!(differs(&expected, &ran), None, "{what}");
             let (verdict, dropped) = read(&ran.seen).expect("a verdict");
             let told = dropped.filter(|_| verdict != Verdict::Drop).map_or("", |_| ", ICMP \"too big\" about it");

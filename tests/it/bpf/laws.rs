@@ -5,6 +5,7 @@
 
 use std::{cell::RefCell, collections::BTreeMap, env};
 
+use agent::state::Program;
 use ebpf::{IDLE_NS, Reason, TRAFFIC_NS};
 use nix::time::{ClockId, clock_gettime};
 use proptest::{
@@ -19,7 +20,7 @@ use super::{
     check::{differs, hex},
     maps::Counters,
     model::{Outcome, Sent, Verdict, World},
-    run::{Loaded, Program},
+    run::{Loaded, model_of},
 };
 
 /// Packets in each world, on average.
@@ -96,7 +97,7 @@ fn one_world(
     cases: &[Case],
 ) -> Result<Vec<Outcome>, TestCaseError> {
     let failed = |error: anyhow::Error| TestCaseError::fail(format!("{error:#}"));
-    let model = program.model();
+    let model = model_of(program);
     loaded.maps.write(world).map_err(failed)?;
     let started = now();
     let steered: BTreeMap<u16, u64> =

@@ -7,6 +7,7 @@ use std::{
     process::Command,
 };
 
+use agent::state::Program;
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf,
@@ -15,8 +16,6 @@ use aya::{
     util::KernelVersion,
 };
 use nix::sched::{CloneFlags, unshare};
-
-use super::run::Program;
 
 /// The first kernel with tcx.
 const TCX: KernelVersion = KernelVersion::new(6, 6, 0);

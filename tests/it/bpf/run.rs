@@ -1,5 +1,6 @@
 //! The object for test runs, loaded, and one run of one of its programs.
 
+use agent::state::Program;
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf, EbpfLoader, TestRun,
@@ -19,39 +20,14 @@ pub const NEXT: u32 = u32::MAX;
 pub const DROP: u32 = 2;
 pub const REDIRECT: u32 = 7;
 
-/// The programs, by the tc hook that each belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Program {
-    Steer,
-    SteerNative,
-    FromHop,
-    ToPeer,
-    FromPeer,
-}
-
-impl Program {
-    pub const ALL: [Program; 5] =
-        [Program::Steer, Program::SteerNative, Program::FromHop, Program::ToPeer, Program::FromPeer];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Program::Steer => "steer",
-            Program::SteerNative => "steer_native",
-            Program::FromHop => "from_hop",
-            Program::ToPeer => "to_peer",
-            Program::FromPeer => "from_peer",
-        }
-    }
-
-    /// What it must do.
-    pub fn model(self) -> fn(&World, &[u8], &Context) -> Outcome {
-        match self {
-            Program::Steer => model::steer,
-            Program::SteerNative => model::steer_native,
-            Program::FromHop => model::from_hop,
-            Program::ToPeer => model::to_peer,
-            Program::FromPeer => model::from_peer,
-        }
+/// What a program must do.
+pub fn model_of(program: Program) -> fn(&World, &[u8], &Context) -> Outcome {
+    match program {
+        Program::Steer => model::steer,
+        Program::SteerNative => model::steer_native,
+        Program::FromHop => model::from_hop,
+        Program::ToPeer => model::to_peer,
+        Program::FromPeer => model::from_peer,
     }
 }
 

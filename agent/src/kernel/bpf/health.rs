@@ -14,7 +14,7 @@ use aya::maps::{Map, MapData, RingBuf};
 use ebpf::{Answer, Count, Reach, Reason, sent};
 
 use super::{maps::Maps, sys};
-use crate::{names::MemberId, probe::HealthMaps};
+use crate::{health::NO_ANSWER, names::MemberId, probe::HealthMaps};
 
 /// The maps of health and the counters.
 pub struct Health {
@@ -57,50 +57,6 @@ impl Health {
         self.generation
     }
 
-    /// `HEALTH`, without the entries that are all zero.
-    pub fn read_reach(&self) -> io::Result<BTreeMap<MemberId, Reach>> {
-        let entries = sys::entries::<u32, Reach>(self.reach.0.as_fd(), self.reach.1)?;
-        let told = entries.into_iter().filter(|(_, reach)| *reach != Reach::default());
-        Ok(told.filter_map(|(id, reach)| Some((MemberId::new(id.into())?, reach))).collect())
-    }
-
-    pub fn write_reach(&self, member: MemberId, reach: Reach) -> io::Result<()> {
-        sys::update(self.reach.0.as_fd(), &u32::from(member.get()), &reach)
-    }
-
-    /// `ANSWER`; all zero if it was never written.
-    pub fn read_answer(&self) -> io::Result<Answer> {
-        let nothing = Answer { flags: 0, zero: 0, mtu: [0; 2], members: [0; 512] };
-        Ok(sys::lookup(self.answer.as_fd(), &0_u32)?.unwrap_or(nothing))
-    }
-
-    pub fn write_answer(&self, answer: &Answer) -> io::Result<()> {
-        sys::update(self.answer.as_fd(), &0_u32, answer)
-    }
-
-    /// How long ago a packet towards the member was last steered, exact to [`ebpf::TRAFFIC_NS`]; `None`: never.
-    pub fn last_traffic(&self, member: MemberId) -> io::Result<Option<Duration>> {
-        let at: Option<u64> = sys::lookup(self.traffic.as_fd(), &u32::from(member.get()))?;
-        let now = sys::monotonic()?;
-        Ok(at.filter(|at| *at > 0).map(|at| now.saturating_sub(Duration::from_nanos(at))))
-    }
-
-    /// Readable, as epoll sees it, when `WAKE` holds something new.
-    pub fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
-    }
-
-    /// Takes the oldest member out of `WAKE`.
-    pub fn next_wake(&mut self) -> Option<MemberId> {
-        loop {
-            let record = self.wake.next()?;
-            let member = record.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes));
-            if let Some(member) = member.and_then(|member| MemberId::new(member.into())) {
-                return Some(member);
-            }
-        }
-    }
-
     /// Packets dropped so far on this node, by reason, those that never were left out.
     pub fn drops(&self) -> io::Result<BTreeMap<Reason, u64>> {
         let mut drops = BTreeMap::new();
@@ -129,23 +85,27 @@ impl Health {
 
 impl HealthMaps for Health {
     fn read_reach(&self) -> io::Result<BTreeMap<MemberId, Reach>> {
-        Health::read_reach(self)
-    }
-
-    fn read_answer(&self) -> io::Result<Answer> {
-        Health::read_answer(self)
+        let entries = sys::entries::<u32, Reach>(self.reach.0.as_fd(), self.reach.1)?;
+        let told = entries.into_iter().filter(|(_, reach)| *reach != Reach::default());
+        Ok(told.filter_map(|(id, reach)| Some((MemberId::new(id.into())?, reach))).collect())
     }
 
     fn write_reach(&mut self, member: MemberId, reach: Reach) -> io::Result<()> {
-        Health::write_reach(self, member, reach)
+        sys::update(self.reach.0.as_fd(), &u32::from(member.get()), &reach)
+    }
+
+    fn read_answer(&self) -> io::Result<Answer> {
+        Ok(sys::lookup(self.answer.as_fd(), &0_u32)?.unwrap_or(NO_ANSWER))
     }
 
     fn write_answer(&mut self, answer: &Answer) -> io::Result<()> {
-        Health::write_answer(self, answer)
+        sys::update(self.answer.as_fd(), &0_u32, answer)
     }
 
     fn last_traffic(&self, member: MemberId) -> io::Result<Option<Duration>> {
-        Health::last_traffic(self, member)
+        let at: Option<u64> = sys::lookup(self.traffic.as_fd(), &u32::from(member.get()))?;
+        let now = sys::monotonic()?;
+        Ok(at.filter(|at| *at > 0).map(|at| now.saturating_sub(Duration::from_nanos(at))))
     }
 
     fn passed_on(&self) -> io::Result<u64> {
@@ -153,10 +113,16 @@ impl HealthMaps for Health {
     }
 
     fn wake_fd(&self) -> BorrowedFd<'_> {
-        Health::wake_fd(self)
+        self.wake.as_fd()
     }
 
     fn next_wake(&mut self) -> Option<MemberId> {
-        Health::next_wake(self)
+        loop {
+            let record = self.wake.next()?;
+            let member = record.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes));
+            if let Some(member) = member.and_then(|member| MemberId::new(member.into())) {
+                return Some(member);
+            }
+        }
     }
 }

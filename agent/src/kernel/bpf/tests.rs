@@ -30,6 +30,7 @@ use crate::{
     kernel::{object::OBJECT, tests::sh},
     keys::HopSecret,
     names::{MemberId, Ordinal},
+    probe::HealthMaps,
     scratch::Scratch,
     state::{Config, Home, Node, Remote},
 };
@@ -741,7 +742,7 @@ fn health_is_read_and_written_beside_the_passes() {
         let mut bpf = place.bpf();
         assert!(bpf.health().unwrap().is_none());
         settle(&place, &mut bpf, &gateway()).await;
-        let health = bpf.health().unwrap().unwrap();
+        let mut health = bpf.health().unwrap().unwrap();
         let member = |id| MemberId::new(id).unwrap();
         let reach = |via| ebpf::Reach { via, links: 1, mtu: 1420, zero: 0 };
         assert_eq!(health.read_reach().unwrap(), BTreeMap::new());
