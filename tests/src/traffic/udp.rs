@@ -15,12 +15,15 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use super::any;
 use crate::{Host, Pod};
 
 /// Bytes of payload: the number, big-endian, and padding.
 const PAYLOAD: usize = 64;
+/// Of each socket, in bytes: a test that the machine holds up for seconds still finds what arrived meanwhile.
+const BUFFER: usize = 8 << 20;
 /// How long the last packets may be on their way.
 const STRAGGLERS: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(20);
@@ -77,8 +80,10 @@ impl Flow {
         let echo = to.run(|| UdpSocket::bind(address).with_context(|| format!("bind {address}")))?;
         let address = echo.local_addr()?;
         let socket = from.run(|| UdpSocket::bind(any(address.ip())).context("bind"))?;
-        echo.set_read_timeout(Some(TICK))?;
-        socket.set_read_timeout(Some(TICK))?;
+        for socket in [&echo, &socket] {
+            socket.set_read_timeout(Some(TICK))?;
+            setsockopt(socket, sockopt::RcvBufForce, &BUFFER).context("SO_RCVBUFFORCE")?;
+        }
         let receiver = socket.try_clone()?;
 
         let start = Instant::now();
