@@ -353,14 +353,15 @@ pub const fn choose(flow: u32, healthy: u8) -> Option<u8> {
 /// protocol (IPv4's, or IPv6's last next header that can be told without ports), the same for every fragment.
 #[inline(always)]
 pub const fn flow(source: &[u32; 4], destination: &[u32; 4], protocol: u8) -> u32 {
-    let mut hash = protocol as u32;
+    let mut hash = protocol as u64;
     let mut i = 0;
     while i < 4 {
-        hash = mix(hash ^ source[i]);
-        hash = mix(hash.wrapping_add(destination[i]));
+        let words = (source[i] as u64) << 32 | destination[i] as u64;
+        hash = (hash ^ words).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        hash ^= hash >> 32;
         i += 1;
     }
-    hash
+    mix(hash as u32)
 }
 
 /// A 32-bit finalizer: every input bit flips every output bit with a probability near one half.

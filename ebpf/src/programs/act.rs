@@ -187,8 +187,8 @@ fn ethernet(Scene { skb, l2, .. }: Scene<'_>, to: &[u8; 6], from: &[u8; 6]) -> R
         let kind = if skb.protocol() == ETH_P_IP { ETH_P_IP } else { ETH_P_IPV6 };
         skb.store(12, &kind.to_be())?;
     }
-    skb.store(0, to)?;
-    skb.store(6, from)
+    let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (*to, *from);
+    skb.store(0, &[a, b, c, d, e, f, g, h, i, j, k, l])
 }
 
 #[inline(always)]
