@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, thread::sleep, time::Duration};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lab::{
     Carrick, Cni, Families, Lab, Member, Mesh, Node,
     carrick::{DEVICES, Running, TUNNEL_PORT},
@@ -36,6 +36,7 @@ macro_rules! under {
 under! {
     bridge, super::Cni::Bridge,
     every_pod_reaches_every_remote_pod_with_its_own_address,
+    each_router_on_the_way_says_where_a_ttl_ran_out,
     both_gateways_carry_traffic_and_workers_none,
     a_gateway_that_goes_off_is_replaced_and_comes_back,
     a_cut_link_is_gone_around,
@@ -171,6 +172,32 @@ fn every_pod_reaches_every_remote_pod_with_its_own_address(meshed: &mut Meshed<'
                 ensure!(client.addresses.contains(&seen), "{address} saw {seen}, not {:?}", client.addresses);
             }
         }
+    }
+    Ok(())
+}
+
+/// From a worker's pod to a remote worker's: their nodes, and a gateway of each.
+fn each_router_on_the_way_says_where_a_ttl_ran_out(meshed: &mut Meshed<'_>) -> Result<()> {
+    let (from, to) = (&meshed.node("mn", 2)?.pods[0], &meshed.node("va", 2)?.pods[0]);
+    for address in &to.addresses {
+        let who_says = |ttl: u8| {
+            let command = format!("ping -n -c 1 -W 1 -t {ttl} {address} || true");
+            let said = from.host.output("sh", &["-c", &command])?;
+            let router = said.split_whitespace().skip_while(|word| *word != "From").nth(1);
+            let Some(router) = router.filter(|_| said.contains("exceeded")) else { return Ok(said) };
+            for (_, node) in meshed.lab.nodes() {
+                let here = node.host.output("ip", &["-o", "address"])?;
+                if here.split_whitespace().any(|word| word.split_once('/').is_some_and(|(own, _)| own == router)) {
+                    return Ok(node.host.name().to_owned());
+                }
+            }
+            Ok(router.to_owned())
+        };
+        let way = (1..=4).map(who_says).collect::<Result<Vec<_>>>()?;
+        let [own, near, far, remote] = way.as_slice() else { bail!("{way:?}") };
+        let right = own == "mn-2" && near.starts_with("mn-") && far.starts_with("va-") && remote == "va-2";
+        ensure!(right && near != own && far != remote, "the way to {address}: {way:?}");
+        ensure!(who_says(5)?.contains("bytes from"), "{address} is not behind the fourth router");
     }
     Ok(())
 }
