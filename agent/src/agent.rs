@@ -38,7 +38,7 @@ use crate::{
     run_dir::{Lock, LockError},
     source::{self, Snapshot},
     state::{Remote, State},
-    status::{PeerStatus, RouteStatus, Status, connected},
+    status::{NativeStatus, PeerStatus, RouteStatus, Status, connected},
     status_socket::{self, Request},
     survey::{Found, Keys, Survey, View, node_name, survey},
     tunnel::client::Client,
@@ -385,6 +385,7 @@ impl Agent {
             connected: !members.is_empty() && members.iter().all(|member| member.reached),
             slot,
             drain: prober::drain(slot.is_some(), self.drain, self.report.as_ref()),
+            native: natives(node),
             members,
             sent,
             drops,
@@ -438,6 +439,15 @@ fn routes(view: &View) -> Vec<RouteStatus> {
         .collect();
     routes.sort_by(|a, b| (&a.member, &a.cidr).cmp(&(&b.member, &b.cidr)));
     routes
+}
+
+fn natives(node: &facts::Node) -> Vec<NativeStatus> {
+    let status = |(name, native): (&String, &facts::Native)| NativeStatus {
+        name: name.clone(),
+        mtu: native.mtu,
+        tunnel_segmentation: native.tunnel_segmentation,
+    };
+    node.native.iter().map(status).collect()
 }
 
 /// Remote ranges that hold an address of this node: its neighbours there are now reached through a tunnel, if at all.

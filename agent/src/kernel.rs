@@ -6,6 +6,7 @@
 mod address;
 pub mod bpf;
 mod conntrack;
+mod ethtool;
 pub mod events;
 pub mod facts;
 mod hop;

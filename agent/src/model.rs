@@ -117,7 +117,8 @@ pub(crate) fn apply(state: &mut State, op: &Op) -> Option<()> {
     Some(())
 }
 
-const NEW_LINK: Link = Link { mtu: 1500, up: false, bare: false, forwarding: false, rp_filter: 1 };
+const NEW_LINK: Link =
+    Link { mtu: 1500, up: false, bare: false, forwarding: false, rp_filter: 1, udp_gro_forwarding: false };
 
 /// `None` if there was none.
 fn del_link(state: &mut State, interface: Interface) -> Option<()> {
@@ -195,8 +196,15 @@ fn some_prefix() -> impl Strategy<Value = IpNetwork> {
 }
 
 fn link() -> impl Strategy<Value = Link> {
-    (sample::select(vec![1280, 1420]), any::<bool>(), any::<bool>(), any::<bool>(), 0..3u8)
-        .prop_map(|(mtu, up, bare, forwarding, rp_filter)| Link { mtu, up, bare, forwarding, rp_filter })
+    let mtu = sample::select(vec![1280, 1420]);
+    (mtu, any::<[bool; 4]>(), 0..3u8).prop_map(|(mtu, [up, bare, forwarding, udp_gro_forwarding], rp_filter)| Link {
+        mtu,
+        up,
+        bare,
+        forwarding,
+        rp_filter,
+        udp_gro_forwarding,
+    })
 }
 
 fn endpoint() -> impl Strategy<Value = SocketAddr> {

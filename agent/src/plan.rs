@@ -83,7 +83,8 @@ fn join(state: &mut State, here: Here<'_>, carved: &BTreeMap<IpAddr, MemberId>, 
     // The loose filter refuses every source that is reached by another device, if the device itself has no address
     // (net/ipv4/fib_frontend.c `__fib_validate_source`): a gateway could not tell a pod that a packet's TTL has run out.
     // `from_hop` checks sources.
-    state.links.insert(Interface::Hop, Link { rp_filter: 0, ..Link::ours(here.hop_mtu().into()) });
+    let link = Link { rp_filter: 0, udp_gro_forwarding: here.slot.is_some(), ..Link::ours(here.hop_mtu().into()) };
+    state.links.insert(Interface::Hop, link);
     state.overlay.insert(here.overlay());
     if here.other_nodes().next().is_some() && facts.hop_ids.is_empty() {
         rejected.push(hop_secret_missing(here));

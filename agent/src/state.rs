@@ -201,12 +201,14 @@ pub struct Link {
     pub forwarding: bool,
     /// `net.ipv4.conf.DEVICE.rp_filter`: 0, 1 (strict) or 2 (loose).
     pub rp_filter: u8,
+    /// UDP that is merged when it comes in stays so when it is forwarded.
+    pub udp_gro_forwarding: bool,
 }
 
 impl Link {
     /// A link as we want it.
     pub fn ours(mtu: u32) -> Link {
-        Link { mtu, up: true, bare: true, forwarding: true, rp_filter: 2 }
+        Link { mtu, up: true, bare: true, forwarding: true, rp_filter: 2, udp_gro_forwarding: false }
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Status {
     /// The slot that this node holds; `None`: a worker.
     pub slot: Option<u8>,
     pub drain: Drain,
+    /// The devices by which this node reaches others.
+    pub native: Vec<NativeStatus>,
     /// By which gateways each member is reached, as probes have found.
     pub members: Vec<MemberStatus>,
     pub peers: Vec<PeerStatus>,
@@ -55,6 +57,17 @@ pub enum Drain {
     Drained,
     /// After 30 s somebody still sends.
     OverTime,
+}
+
+/// One device by which this node reaches others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NativeStatus {
+    pub name: String,
+    /// Bytes.
+    pub mtu: u32,
+    /// It cuts what leaves by the hop into packets itself (`tx-udp_tnl-segmentation`); if not, this node's processors do.
+    pub tunnel_segmentation: bool,
 }
 
 /// The ways from this node to one member.
@@ -137,6 +150,10 @@ impl Status {
             Drain::Draining => text.push_str("draining: others still send through this gateway\n"),
             Drain::Drained => text.push_str("drained: nobody sends through this gateway\n"),
             Drain::OverTime => text.push_str("draining: after 30 s others still send through this gateway\n"),
+        }
+        for native in &self.native {
+            let cuts = if native.tunnel_segmentation { "" } else { ", without tx-udp_tnl-segmentation" };
+            line(&mut text, format_args!("native device {}: mtu {}{cuts}", native.name, native.mtu));
         }
         for member in &self.members {
             let ways = [("link to slot", &member.links), ("via slot", &member.via)].into_iter();

@@ -138,6 +138,12 @@ pub const NEEDS: &[Need] = &[
         by: &[For::Test],
     },
     Need {
+        what: What::Program("ethtool"),
+        packages: Some(["ethtool", "ethtool", "ethtool"]),
+        purpose: "changes offloads behind the agent's back",
+        by: &[For::Test],
+    },
+    Need {
         what: What::Program("setpriv"),
         packages: Some(["util-linux", "util-linux", "util-linux"]),
         purpose: "starts the agent without a capability that it needs",

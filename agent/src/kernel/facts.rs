@@ -14,7 +14,7 @@ use netlink_packet_route::{
 };
 
 use super::{
-    address, link, nft,
+    address, ethtool, link, nft,
     route::address_family,
     rtnl::{Rtnl, is},
 };
@@ -43,6 +43,8 @@ pub struct Native {
     pub mtu: u32,
     /// Whether its packets begin with an Ethernet header of 14 bytes; if not, with the IP header.
     pub ethernet: bool,
+    /// Whether the device itself cuts what leaves by the hop into packets; if not, this node's processors do.
+    pub tunnel_segmentation: bool,
 }
 
 /// What somebody else has to change before everything works; for status.
@@ -125,12 +127,21 @@ impl Reader {
     async fn devices(&self, indexes: BTreeSet<u32>) -> io::Result<BTreeMap<String, Native>> {
         let mut devices = BTreeMap::new();
         for index in indexes {
-            devices.extend(link::by_index(&self.rtnl, index).await?.as_ref().and_then(device));
+            let Some((name, mut native)) = link::by_index(&self.rtnl, index).await?.as_ref().and_then(device) else {
+                continue;
+            };
+            native.tunnel_segmentation = match ethtool::is_on(&name, ethtool::TUNNEL_SEGMENTATION) {
+                Ok(on) => on,
+                Err(error) if is(&error, &[libc::ENODEV, libc::EOPNOTSUPP]) => false,
+                Err(error) => return Err(error),
+            };
+            devices.insert(name, native);
         }
         Ok(devices)
     }
 }
 
+/// Offloads are not in the message.
 fn device(message: &LinkMessage) -> Option<(String, Native)> {
     let name = link::name(message)?;
     let ours = Interface::from_link(name).is_some();
@@ -138,7 +149,7 @@ fn device(message: &LinkMessage) -> Option<(String, Native)> {
         return None;
     }
     let ethernet = message.header.link_layer_type == LinkLayerType::Ether;
-    Some((name.to_owned(), Native { mtu: link::mtu(message)?, ethernet }))
+    Some((name.to_owned(), Native { mtu: link::mtu(message)?, ethernet, tunnel_segmentation: false }))
 }
 
 /// What the kernel says where no route leads, or one that refuses; and where a family is off.
@@ -195,7 +206,8 @@ mod tests {
         });
         let native = native.iter().map(|(name, mtu)| {
             let ethernet = !name.starts_with("tun");
-            ((*name).to_owned(), Native { mtu: *mtu, ethernet })
+            // A veth can, a TUN cannot.
+            ((*name).to_owned(), Native { mtu: *mtu, ethernet, tunnel_segmentation: ethernet })
         });
         let expected = Node {
             native: native.collect(),

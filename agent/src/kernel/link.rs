@@ -17,8 +17,8 @@ use netlink_packet_route::{
 };
 
 use super::{
-    hop,
-    rtnl::{Rtnl, absent_is_done},
+    ethtool, hop,
+    rtnl::{Rtnl, absent_is_done, is},
 };
 use crate::{
     names::Interface,
@@ -53,6 +53,11 @@ pub(super) async fn read(rtnl: &Rtnl, addresses: &[AddressMessage]) -> io::Resul
     let mut found = Links::default();
     for interface in Interface::all() {
         let Some(mut seen) = find(rtnl, interface).await? else { continue };
+        match ethtool::is_on(&interface.to_string(), ethtool::UDP_GRO_FORWARDING) {
+            Ok(on) => seen.link.udp_gro_forwarding = on,
+            Err(error) if is(&error, &[libc::ENODEV]) => continue,
+            Err(error) => return Err(error),
+        }
         seen.link.bare &= !addresses.iter().any(|address| address.header.index == seen.index);
         if interface == Interface::Hop {
             (found.hop, found.hop_index) = (seen.hop, Some(seen.index));
@@ -82,6 +87,10 @@ pub(super) async fn set(rtnl: &Rtnl, interface: Interface, link: &Link) -> io::R
     message.header.index = seen.index;
     message.attributes = vec![LinkAttribute::Mtu(link.mtu), LinkAttribute::AfSpecUnspec(families)];
     rtnl.change(RouteNetlinkMessage::SetLink(message), 0).await?;
+    let (name, feature) = (interface.to_string(), ethtool::UDP_GRO_FORWARDING);
+    if ethtool::is_on(&name, feature)? != link.udp_gro_forwarding {
+        ethtool::turn(&name, feature, link.udp_gro_forwarding)?;
+    }
 
     let addresses = addresses(rtnl).await?.into_iter().filter(|address| address.header.index == seen.index);
     let mut had_addresses = false;
@@ -154,9 +163,16 @@ pub(super) fn mtu(link: &LinkMessage) -> Option<u32> {
     link.attributes.iter().find_map(|a| if let LinkAttribute::Mtu(mtu) = a { Some(*mtu) } else { None })
 }
 
-/// Addresses are not in the message: `bare` here is the address generation mode alone.
+/// Neither addresses nor offloads are in the message: `bare` here is the address generation mode alone.
 fn seen(message: &LinkMessage) -> Seen {
-    let mut link = Link { mtu: mtu(message).unwrap_or(0), up: false, bare: true, forwarding: false, rp_filter: 0 };
+    let mut link = Link {
+        mtu: mtu(message).unwrap_or(0),
+        up: false,
+        bare: true,
+        forwarding: false,
+        rp_filter: 0,
+        udp_gro_forwarding: false,
+    };
     link.up = message.header.flags.contains(LinkFlags::Up);
     let mut ipv6 = false;
     let families = message.attributes.iter().filter_map(|a| match a {

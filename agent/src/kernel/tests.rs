@@ -200,9 +200,10 @@ pub(crate) fn any_nft() -> impl Strategy<Value = Nft> {
 }
 
 fn any_link() -> impl Strategy<Value = Link> {
-    (1280_u32..9000, any::<bool>(), 0_u8..3).prop_map(|(mtu, forwarding, rp_filter)| Link {
+    (1280_u32..9000, any::<[bool; 2]>(), 0_u8..3).prop_map(|(mtu, [forwarding, udp_gro_forwarding], rp_filter)| Link {
         forwarding,
         rp_filter,
+        udp_gro_forwarding,
         ..Link::ours(mtu)
     })
 }
@@ -446,6 +447,7 @@ fn a_damaged_hop_is_repaired() {
         "ip addr add fd99::1/128 dev carrick-hop",
         "echo 0 > /proc/sys/net/ipv4/conf/carrick-hop/forwarding",
         "echo 1 > /proc/sys/net/ipv4/conf/carrick-hop/rp_filter",
+        "ethtool -K carrick-hop rx-udp-gro-forwarding on",
     ]);
 }
 
