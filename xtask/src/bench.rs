@@ -14,7 +14,7 @@ mod statistics;
 mod steer;
 mod traffic;
 mod tunnel;
-mod way;
+pub mod way;
 
 use std::path::PathBuf;
 

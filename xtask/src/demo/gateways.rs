@@ -15,6 +15,7 @@ use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 
 use super::{CONNECT_LIMIT, Demo, PORT, STOP_LIMIT, describe, say};
+use crate::bench::way;
 
 /// How long traffic runs before and after a fault.
 const AROUND: Duration = Duration::from_secs(2);
@@ -95,29 +96,14 @@ impl<'a> Demo<'a> {
     fn link_cut(&mut self) -> Result<()> {
         let mut cut = None;
         self.under_traffic("a link between two gateways cut", Price::Some, |demo| {
-            let (ours, theirs) = demo.busiest_link()?;
+            // The slots of a member are its first nodes.
+            let [way, _] = way::taken([demo.lab.cluster("mn")?, demo.lab.cluster("va")?], AROUND / 4, 100)?;
+            let (ours, theirs) = (demo.node("mn", way.from.into())?, demo.node("va", way.to.into())?);
             cut = Some(demo.lab.cut(ours, theirs, &tunnels())?);
             Ok(())
         })?;
         cut.into_iter().flatten().try_for_each(Fault::mend)?;
         self.all_connected()
-    }
-
-    /// The two gateways between which most packets of `mn` go now.
-    fn busiest_link(&self) -> Result<(&'a Node, &'a Node)> {
-        let sent = || -> Result<Vec<(usize, usize, u64)>> {
-            let mut links = Vec::new();
-            for ours in 0..2 {
-                let status = self.carrick.status(self.node("mn", ours)?)?;
-                links.extend((0..2).map(|theirs| (ours, theirs, status.sent_by(&format!("carrick-wg{theirs}")))));
-            }
-            Ok(links)
-        };
-        let before = sent()?;
-        sleep(AROUND / 4);
-        let grown = sent()?.into_iter().zip(before).map(|((ours, theirs, now), (.., then))| (now - then, ours, theirs));
-        let (_, ours, theirs) = grown.max().context("a link")?;
-        Ok((self.node("mn", ours)?, self.node("va", theirs)?))
     }
 
     fn drain(&mut self, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
