@@ -257,6 +257,7 @@ impl Agent {
     fn probe(&mut self, intent: &Intent, desired: &State) -> io::Result<()> {
         let generation = self.kernel.health_generation()?;
         if !self.probing.works_on(generation) {
+            self.kernel.forget_known()?;
             let maps = self.kernel.health()?.zip(self.kernel.health()?);
             self.probing.work_on(maps);
         }

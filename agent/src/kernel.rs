@@ -126,6 +126,12 @@ impl<W: WireGuard> Linux<W> {
         self.bpf.health()
     }
 
+    /// Has the programs forget what they know of the maps: an agent before may have changed one and not have come to
+    /// say so.
+    pub fn forget_known(&self) -> io::Result<()> {
+        self.bpf.forget()
+    }
+
     /// [`Health::generation`] of the maps that are pinned now.
     pub fn health_generation(&self) -> io::Result<Option<u32>> {
         self.bpf.generation()

@@ -28,6 +28,8 @@ pub mod capacity {
     pub const OWN: u32 = 256;
     pub const HOMES: u32 = 131_072;
     pub const NODES: u32 = 16_384;
+    /// Of each processor; a power of two.
+    pub const KNOWN: u32 = 1024;
     /// Bytes.
     pub const WAKE: u32 = 65_536;
     /// More than there are reasons, so that a new one fits into a map that is pinned.
@@ -76,6 +78,19 @@ pub mod remote {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offered {
     pub members: [u64; 64],
+}
+
+/// Value of `KNOWN`, what a processor last found in `REMOTE` and `OWN` for a pair of addresses that goes to a member's
+/// range from a source that it is offered. It counts for as long as `VERSION` is what it was before they were asked: who
+/// changes either map adds one to that afterwards.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Known {
+    pub version: u64,
+    pub source: Addr,
+    pub destination: Addr,
+    pub member: u16,
+    pub zero: [u8; 6],
 }
 
 /// Value of `HOMES`, the longest-prefix map of where this cluster's pods (and nodes' advertised and overlay addresses)
@@ -378,6 +393,7 @@ const _: () = {
     assert!(size_of::<Addr>() == 16 && align_of::<Addr>() == 1);
     assert!(size_of::<Remote>() == 4);
     assert!(size_of::<Offered>() == 512);
+    assert!(size_of::<Known>() == 48 && capacity::KNOWN.is_power_of_two());
     assert!(size_of::<Home>() == 16);
     assert!(size_of::<Node>() == 20);
     assert!(size_of::<Config>() == 380 && align_of::<Config>() == 4);

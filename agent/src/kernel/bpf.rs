@@ -185,6 +185,10 @@ impl Bpf {
         self.maps.as_ref().map(Health::of).transpose()
     }
 
+    pub(super) fn forget(&self) -> io::Result<()> {
+        self.maps.as_ref().map_or(Ok(()), Maps::forget)
+    }
+
     pub(super) fn generation(&self) -> io::Result<Option<u32>> {
         self.maps.as_ref().map(Maps::generation).transpose()
     }

@@ -30,8 +30,10 @@ mod tests {
     use crate::scratch::Scratch;
 
     const PROGRAMS: [&str; 5] = ["from_hop", "from_peer", "steer", "steer_native", "to_peer"];
-    const MAPS: [&str; 11] =
-        ["ANSWER", "CONFIG", "DROPS", "HEALTH", "HOMES", "NODES", "OWN", "REMOTE", "SENT", "TRAFFIC", "WAKE"];
+    const MAPS: [&str; 13] = [
+        "ANSWER", "CONFIG", "DROPS", "HEALTH", "HOMES", "KNOWN", "NODES", "OWN", "REMOTE", "SENT", "TRAFFIC",
+        "VERSION", "WAKE",
+    ];
 
     /// Runs `work` with an empty bpffs, on a thread with a mount namespace of its own.
     fn with_bpffs(work: impl FnOnce(&Path) + Send) {

@@ -86,8 +86,18 @@ pub type Decision = Result<Verdict, Reason>;
 #[inline(always)]
 pub fn steer(skb: Skb, config: &Config) -> Decision {
     let packet = &Packet::parse(skb, ETH_LEN)?;
+    let place = maps::place(&packet.source, &packet.destination);
+    if let Some(member) = place.and_then(|place| place.member(&packet.source, &packet.destination)) {
+        return to_member(skb, config, packet, member, Offer::Known, Hops::Any);
+    }
     match maps::remote(&packet.destination) {
-        Some(Remote { member, kind: remote::RANGE, .. }) => to_member(skb, config, packet, *member, Hops::Any),
+        Some(Remote { member, kind: remote::RANGE, .. }) => {
+            let verdict = to_member(skb, config, packet, *member, Offer::Unknown, Hops::Any)?;
+            if let Some(place) = place {
+                place.learn(&packet.source, &packet.destination, *member);
+            }
+            Ok(verdict)
+        }
         Some(Remote { member, kind: remote::OVERLAY, .. }) => to_overlay(skb, config, packet, *member),
         _ => Err(Reason::NotRemote),
     }
@@ -102,7 +112,9 @@ pub fn steer_native(skb: Skb, config: &Config, packet: &Packet) -> Decision {
         return Err(Reason::HopForged);
     }
     match maps::remote(&packet.destination) {
-        Some(Remote { member, kind: remote::RANGE, .. }) => to_member(skb, config, packet, *member, Hops::Any),
+        Some(Remote { member, kind: remote::RANGE, .. }) => {
+            to_member(skb, config, packet, *member, Offer::Unknown, Hops::Any)
+        }
         Some(Remote { kind: remote::OVERLAY, .. }) => Err(Reason::NotForOverlay),
         _ => Ok(Verdict::of(Kind::Next, 0)),
     }
@@ -135,7 +147,7 @@ pub fn from_hop(skb: Skb, config: &Config, key: &Key) -> Decision {
             of_probe(skb, config, packet, Kind::Stack)
         }
         Some(Remote { member, kind: remote::RANGE, .. }) if lives_there && config.slot != NO_SLOT => {
-            let verdict = to_member(skb, config, packet, *member, Hops::Last)?;
+            let verdict = to_member(skb, config, packet, *member, Offer::Unknown, Hops::Last)?;
             let expires = packet.ttl <= 1 && verdict.kind == Kind::Device;
             Ok(if expires { Verdict::of(Kind::Stack, 0) } else { verdict })
         }
@@ -188,13 +200,20 @@ enum Hops {
     Last,
 }
 
+/// Whether the packet's source is offered to the member that it goes to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Offer {
+    Known,
+    Unknown,
+}
+
 /// Steers what is for a member.
 #[inline(always)]
-fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, hops: Hops) -> Decision {
+fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, offer: Offer, hops: Hops) -> Decision {
     if hops == Hops::Any && is_our_tunnel(skb, config, packet) {
         return Err(Reason::Loop);
     }
-    if !maps::is_offered(&packet.source, member) {
+    if offer == Offer::Unknown && !maps::is_offered(&packet.source, member) {
         return Err(Reason::SourceNotOffered);
     }
     let reach = maps::health(member);

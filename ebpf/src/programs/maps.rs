@@ -7,7 +7,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, lpm_trie},
 };
 use ebpf::{
-    Addr, Answer, Config, Count, Home, MAX_MEMBER_ID, Node, Offered, Reach, Reason, Remote, Wake, capacity, sent,
+    Addr, Answer, Config, Count, Home, Known, MAX_MEMBER_ID, Node, Offered, Reach, Reason, Remote, Wake, capacity,
+    flow, sent,
 };
 
 /// An address as four words, each as it lies in memory: comparing and copying bytes costs four times the instructions.
@@ -25,6 +26,10 @@ const MEMBERS: u32 = MAX_MEMBER_ID as u32 + 1;
 static REMOTE: LpmTrie<Words, Remote> = LpmTrie::pinned(capacity::REMOTE, 0);
 #[map]
 static OWN: LpmTrie<Words, Offered> = LpmTrie::pinned(capacity::OWN, 0);
+#[map]
+static VERSION: Array<u64> = Array::pinned(1, 0);
+#[map]
+static KNOWN: PerCpuArray<Known> = PerCpuArray::pinned(capacity::KNOWN, 0);
 #[map]
 static HOMES: LpmTrie<Words, Home> = LpmTrie::pinned(capacity::HOMES, 0);
 #[map]
@@ -79,6 +84,46 @@ pub fn node(addr: &Words) -> Option<&Node> {
 pub fn is_offered(addr: &Words, member: u16) -> bool {
     let Some(offered) = longest(&OWN, addr) else { return false };
     offered.members[usize::from(member >> 6) & 63] & (1 << (member & 63)) != 0
+}
+
+/// The place in `KNOWN` of a pair of addresses, and the tables' version as of now.
+#[derive(Clone, Copy)]
+pub struct Place {
+    version: u64,
+    entry: *mut Known,
+}
+
+#[inline(always)]
+pub fn place(source: &Words, destination: &Words) -> Option<Place> {
+    let version = *VERSION.get(0)?;
+    let entry = KNOWN.get_ptr_mut(flow(source, destination, 0) & (capacity::KNOWN - 1))?;
+    Some(Place { version, entry })
+}
+
+impl Place {
+    /// The member whose range the destination is in, if that and that the source is offered to it is known.
+    #[inline(always)]
+    pub fn member(self, source: &Words, destination: &Words) -> Option<u16> {
+        // SAFETY: an entry of an array; it is this processor's, and a program is not interrupted by itself.
+        let known = unsafe { &*self.entry };
+        let right = known.version == self.version
+            && words(&known.source) == *source
+            && words(&known.destination) == *destination;
+        // Member 0 is none: what was never written is not known.
+        if right && known.member != 0 { Some(known.member) } else { None }
+    }
+
+    #[inline(always)]
+    pub fn learn(self, source: &Words, destination: &Words, member: u16) {
+        let addr = |words: &Words| {
+            // SAFETY: 16 bytes.
+            Addr(unsafe { core::mem::transmute::<Words, [u8; 16]>(*words) })
+        };
+        let known =
+            Known { version: self.version, source: addr(source), destination: addr(destination), member, zero: [0; 6] };
+        // SAFETY: as above.
+        unsafe { self.entry.write(known) };
+    }
 }
 
 /// `None` until the agent has written it.

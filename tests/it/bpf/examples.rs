@@ -11,7 +11,7 @@ use super::{
     check::{differs, read},
     model::{Context, Key, Verdict, World},
     packet::{ACK, Eth, Fragment, Harm, Ip, L4, Packet, Probe, SYN, TcpOption, pseudo_checksum},
-    run::{Loaded, model_of},
+    run::{Loaded, REDIRECT, model_of},
 };
 
 /// The rows that one program gives, each a node and packets.
@@ -221,6 +221,26 @@ fn steer() {
           an endpoint carved out of it       10.42.0.2 > 10.44.9.9: dropped, not_remote
           our own WireGuard's                192.0.2.10 > 10.44.0.5: dropped, loop
     "#]]);
+}
+
+/// What was found of two addresses is not asked for again, until there is a new version of the tables.
+#[test]
+fn what_is_known_lasts_for_a_version() {
+    let mut loaded = Loaded::new(Program::Steer).expect("the kernel takes the program");
+    let Row { packet, context, .. } = row("a pod to a remote pod", POD, FAR);
+    let offered = gateway();
+    let withdrawn = World { own: [].into(), ..gateway() };
+    let mut steered = |loaded: &mut Loaded| loaded.run(&packet.bytes(), &context).unwrap().returned == REDIRECT;
+    loaded.maps.write(&offered).unwrap();
+    let first = loaded.maps.version().unwrap();
+    assert!(steered(&mut loaded));
+    loaded.maps.write(&withdrawn).unwrap();
+    let second = loaded.maps.version().unwrap();
+    assert!(!steered(&mut loaded));
+    loaded.maps.set_version(first).unwrap();
+    assert!(steered(&mut loaded), "it was asked for again");
+    loaded.maps.set_version(second).unwrap();
+    assert!(!steered(&mut loaded), "what is not steered is not to be known");
 }
 
 #[test]

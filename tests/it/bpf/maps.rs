@@ -21,6 +21,7 @@ use super::{
 pub struct Maps {
     remote: LpmTrie<MapData, [u8; 16], Remote>,
     own: LpmTrie<MapData, [u8; 16], Offered>,
+    version: Array<MapData, u64>,
     homes: LpmTrie<MapData, [u8; 16], Home>,
     nodes: HashMap<MapData, [u8; 16], Node>,
     config: Array<MapData, Config>,
@@ -76,6 +77,7 @@ impl Maps {
         Ok(Maps {
             remote: map("REMOTE")?.try_into()?,
             own: map("OWN")?.try_into()?,
+            version: map("VERSION")?.try_into()?,
             homes: map("HOMES")?.try_into()?,
             nodes: map("NODES")?.try_into()?,
             config: map("CONFIG")?.try_into()?,
@@ -111,6 +113,8 @@ impl Maps {
             }
             self.own.insert(&key(prefix), offered, 0)?;
         }
+        let version = self.version.get(&0, 0)?;
+        self.version.set(0, version + 1, 0)?;
         for (prefix, node) in &world.homes {
             self.homes.insert(&key(prefix), Home { node: *node }, 0)?;
         }
@@ -124,6 +128,15 @@ impl Maps {
         self.answer.set(0, world.answer, 0)?;
         self.written = Some(world.clone());
         Ok(())
+    }
+
+    /// What the tables are said to be; a new world is a new version.
+    pub fn version(&self) -> Result<u64> {
+        Ok(self.version.get(&0, 0)?)
+    }
+
+    pub fn set_version(&mut self, version: u64) -> Result<()> {
+        Ok(self.version.set(0, version, 0)?)
     }
 
     /// The tunnel key that the next packets come with.

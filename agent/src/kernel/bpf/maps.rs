@@ -16,8 +16,10 @@ use super::{
 use crate::state::{self, Entry, Key};
 
 /// Every map that is pinned, by its name in the object. Others belong to one build of the programs, or to tests.
-pub(super) const NAMES: [&str; 11] =
-    ["REMOTE", "OWN", "HOMES", "NODES", "CONFIG", "HEALTH", "ANSWER", "TRAFFIC", "WAKE", "DROPS", "SENT"];
+pub(super) const NAMES: [&str; 13] = [
+    "REMOTE", "OWN", "VERSION", "KNOWN", "HOMES", "NODES", "CONFIG", "HEALTH", "ANSWER", "TRAFFIC", "WAKE", "DROPS",
+    "SENT",
+];
 
 /// What a map must be for programs and agent to mean the same by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,9 +151,12 @@ impl Maps {
             }
             Entry::Remote(to, value) => {
                 let bytes = codec::encode_remote(*value).ok_or_else(invalid)?;
-                sys::update(self.fd("REMOTE"), &codec::prefix(to), &bytes)
+                sys::update(self.fd("REMOTE"), &codec::prefix(to), &bytes).and_then(|()| self.forget())
             }
-            Entry::Own(to, members) => sys::update(self.fd("OWN"), &codec::prefix(to), &codec::encode_offered(members)),
+            Entry::Own(to, members) => {
+                let bytes = codec::encode_offered(members);
+                sys::update(self.fd("OWN"), &codec::prefix(to), &bytes).and_then(|()| self.forget())
+            }
             Entry::Home(to, home) => sys::update(self.fd("HOMES"), &codec::prefix(to), &codec::encode_home(*home)),
             Entry::Node(at, node) => sys::update(self.fd("NODES"), &codec::address(*at), &codec::encode_node(*node)),
         };
@@ -163,12 +168,18 @@ impl Maps {
         })
     }
 
+    /// Has the programs forget what they know of `REMOTE` and `OWN`.
+    pub(super) fn forget(&self) -> io::Result<()> {
+        let version = sys::lookup::<u32, u64>(self.fd("VERSION"), &0)?.unwrap_or(0);
+        sys::update(self.fd("VERSION"), &0_u32, &version.wrapping_add(1))
+    }
+
     pub(super) fn delete(&self, key: &Key) -> io::Result<()> {
         match key {
             // An array's entry cannot be deleted: to the programs, zeros are no configuration.
             Key::Config => sys::update(self.fd("CONFIG"), &0_u32, &codec::NO_CONFIG),
-            Key::Remote(to) => sys::delete(self.fd("REMOTE"), &codec::prefix(to)),
-            Key::Own(to) => sys::delete(self.fd("OWN"), &codec::prefix(to)),
+            Key::Remote(to) => sys::delete(self.fd("REMOTE"), &codec::prefix(to)).and_then(|()| self.forget()),
+            Key::Own(to) => sys::delete(self.fd("OWN"), &codec::prefix(to)).and_then(|()| self.forget()),
             Key::Home(to) => sys::delete(self.fd("HOMES"), &codec::prefix(to)),
             Key::Node(at) => sys::delete(self.fd("NODES"), &codec::address(*at)),
         }

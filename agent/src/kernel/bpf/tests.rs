@@ -335,6 +335,35 @@ fn nonsense_in_the_maps_is_repaired() {
     });
 }
 
+/// What programs know of the tables ends with every change to them, and to no other map.
+#[test]
+fn a_change_to_the_tables_is_a_new_version() {
+    on_node(|place| async move {
+        let mut bpf = place.bpf();
+        bpf.load().await.unwrap();
+        let version = || sys::lookup::<u32, u64>(bpf.maps().unwrap().get("VERSION").0, &0).unwrap().unwrap();
+        let to: IpNetwork = "10.44.0.0/16".parse().unwrap();
+        let member = MemberId::new(2).unwrap();
+        let changes = [
+            state::Op::SetEntry(Entry::Remote(to, Remote::Range(member))),
+            state::Op::SetEntry(Entry::Own(to, [member].into())),
+            state::Op::NarrowOwn(to, BTreeSet::new()),
+            state::Op::DelEntry(Key::Own(to)),
+            state::Op::DelEntry(Key::Remote(to)),
+        ];
+        for change in changes {
+            let before = version();
+            apply(&bpf, &change);
+            assert_eq!(version(), before + 1, "{change}");
+        }
+        let before = version();
+        apply(&bpf, &state::Op::SetEntry(Entry::Home(to, Home::Here)));
+        assert_eq!(version(), before);
+        bpf.forget().unwrap();
+        assert_eq!(version(), before + 1);
+    });
+}
+
 #[test]
 fn a_configuration_for_other_links_or_secrets_is_none() {
     on_node(|place| async move {
