@@ -230,7 +230,7 @@ fn what_is_known_lasts_for_a_version() {
     let Row { packet, context, .. } = row("a pod to a remote pod", POD, FAR);
     let offered = gateway();
     let withdrawn = World { own: [].into(), ..gateway() };
-    let mut steered = |loaded: &mut Loaded| loaded.run(&packet.bytes(), &context).unwrap().returned == REDIRECT;
+    let steered = |loaded: &mut Loaded| loaded.run(&packet.bytes(), &context).unwrap().returned == REDIRECT;
     loaded.maps.write(&offered).unwrap();
     let first = loaded.maps.version().unwrap();
     assert!(steered(&mut loaded));
