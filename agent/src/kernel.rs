@@ -263,7 +263,7 @@ impl<W: WireGuard> Kernel for Linux<W> {
             Op::SetLink { interface, link } => self.set_link(*interface, link).await,
             Op::SetPeer { device, key, peer, gained } => self.set_peer(*device, key, peer, gained).await,
             Op::GrowNft(nft) => self.set_nft(Some(nft)).await,
-            Op::AddRule(rule) => rule::add(&self.rtnl, *rule).await,
+            Op::SetRule(rule, lookups) => rule::set(&self.rtnl, *rule, lookups).await,
             Op::SetRoute { table, to, route } => self.set_route(*table, *to, route).await,
             Op::DelRoute { table, to } => self.delete_route(*table, *to).await,
             Op::DelRule(rule) => rule::delete(&self.rtnl, *rule).await,

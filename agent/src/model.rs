@@ -19,7 +19,7 @@ use crate::{
     reconcile::{Kernel, Reading},
     state::{
         Attachment, Config, Entry, Family, Home, Hop, Key, Link, Maps, Nft, Node, Op, Peer, Program, Remote, Route,
-        Rule, State, WireGuard,
+        Lookups, Rule, State, WireGuard,
     },
 };
 
@@ -85,8 +85,8 @@ pub(crate) fn apply(state: &mut State, op: &Op) -> Option<()> {
         }
         Op::GrowNft(nft) => state.nft = Some(nft.clone()),
         Op::ShrinkNft(nft) => state.nft = nft.clone(),
-        Op::AddRule(rule) => return state.rules.insert(*rule).then_some(()),
-        Op::DelRule(rule) => return state.rules.remove(rule).then_some(()),
+        Op::SetRule(rule, lookups) => drop(state.rules.insert(*rule, lookups.clone())),
+        Op::DelRule(rule) => return state.rules.remove(rule).map(drop),
         Op::SetRoute { table, to, route } => {
             if let Route::Hop { .. } = route {
                 state.links.get(&Interface::Hop).filter(|link| link.up)?;
@@ -225,10 +225,10 @@ fn nft() -> impl Strategy<Value = Nft> {
     })
 }
 
-fn rules() -> impl Strategy<Value = BTreeSet<Rule>> {
-    let all: Vec<Rule> =
-        Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Rule { family, table })).collect();
-    sample::subsequence(all, 0..=4).prop_map(BTreeSet::from_iter)
+fn rules() -> impl Strategy<Value = BTreeMap<Rule, Lookups>> {
+    let rule = (sample::select(Family::ALL.to_vec()), sample::select(Table::ALL.to_vec()));
+    let lookups = [Lookups::All, Lookups::Forwarded, Lookups::NotBoundTo(NATIVE[0].to_owned())];
+    collection::btree_map(rule.prop_map(|(family, table)| Rule { family, table }), sample::select(lookups.to_vec()), 0..=4)
 }
 
 fn route() -> impl Strategy<Value = Route> {

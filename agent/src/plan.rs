@@ -24,7 +24,7 @@ use crate::{
     intent::{Gateway, Host, Intent, Kind, Member, Node, Reason, Rejection},
     keys::PublicKey,
     names::{Device, HOP, Interface, MemberId, MemberName, Ordinal, Table},
-    state::{Attachment, Family, Hop, Link, Nft, Program, Route, Rule, State},
+    state::{Attachment, Family, Hop, Link, Lookups, Nft, Program, Route, Rule, State},
 };
 
 /// What WireGuard adds to a packet over IPv6: 40 IPv6 + 8 UDP + 32 WireGuard, in bytes.
@@ -55,16 +55,30 @@ pub fn plan(intent: &Intent, facts: &Facts) -> (State, Vec<Rejection>) {
         state.routes.extend(Table::ALL.map(|table| ((table, IpNetwork::from(*address)), Route::Throw)));
     }
     if !state.routes.is_empty() {
-        state.rules =
-            Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Rule { family, table })).collect();
+        state.rules = rules(facts);
     }
     if !facts.ipv6 {
         // The kernel would refuse them at every pass, and a failed make cancels every break.
         state.routes.retain(|(_, to), _| to.is_ipv4());
-        state.rules.retain(|rule| rule.family == Family::V4);
+        state.rules.retain(|rule, _| rule.family == Family::V4);
         state.overlay.clear();
     }
     (state, rejected)
+}
+
+/// A lookup for the one native device asks how to leave by it: a CNI that skips the FIB asks so, for the MAC of its next
+/// hop, before `steer_native` has its packet. For IPv4 the kernel then passes over routes by other devices; for IPv6 it
+/// would answer with ours, and look for the remote pod itself on that device's link. With several native devices no CNI
+/// skips the FIB.
+fn rules(facts: &Facts) -> BTreeMap<Rule, Lookups> {
+    let only_native = facts.native.keys().next().filter(|_| facts.native.len() == 1);
+    let lookups = |rule: Rule| match (rule, only_native) {
+        (Rule { table: Table::Closed, .. }, _) => Lookups::Forwarded,
+        (Rule { family: Family::V6, .. }, Some(device)) => Lookups::NotBoundTo(device.clone()),
+        _ => Lookups::All,
+    };
+    let all = Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Rule { family, table }));
+    all.map(|rule| (rule, lookups(rule))).collect()
 }
 
 /// What is offered to this member, and by whom.

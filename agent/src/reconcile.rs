@@ -63,7 +63,7 @@ impl Op {
                 Layer::WireGuard
             }
             Op::SetRoute { .. } | Op::DelRoute { .. } => Layer::Route,
-            Op::AddRule(_) | Op::DelRule(_) => Layer::Rule,
+            Op::SetRule(..) | Op::DelRule(_) => Layer::Rule,
             Op::GrowNft(_) | Op::ShrinkNft(_) => Layer::Nft,
             Op::AddOverlay(_) | Op::DelOverlay(_) => Layer::Address,
             Op::LoadMaps | Op::SetEntry(_) | Op::NarrowOwn(..) | Op::DelEntry(_) | Op::UnloadMaps => Layer::Maps,

@@ -32,7 +32,7 @@ pub struct State {
     pub allowed_ips: BTreeMap<(Device, IpNetwork), PublicKey>,
     /// Destinations in our tables.
     pub routes: BTreeMap<(Table, IpNetwork), Route>,
-    pub rules: BTreeSet<Rule>,
+    pub rules: BTreeMap<Rule, Lookups>,
     /// The table `inet carrick`; `None`: it does not exist.
     pub nft: Option<Nft>,
     /// Overlay addresses, /128 on `lo`, marked by their address protocol.
@@ -258,7 +258,7 @@ impl Family {
     pub const ALL: [Family; 2] = [Family::V4, Family::V6];
 }
 
-/// One of our `ip rule`s, `proto kernel`.
+/// One of our `ip rule`s, `proto kernel`: there is at most one for a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rule {
     pub family: Family,
@@ -274,10 +274,16 @@ impl Rule {
         }
     }
 
-    /// `not iif lo`: leaves out what this node itself sends.
-    pub fn forwarded_only(self) -> bool {
-        self.table == Table::Closed
-    }
+}
+
+/// Which lookups a rule is for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Lookups {
+    All,
+    /// `not iif lo`: all but those of what this node itself sends.
+    Forwarded,
+    /// `not oif NAME`: all but those that name this device, such as those of sockets that are bound to it.
+    NotBoundTo(String),
 }
 
 /// The contents of the nftables table `inet carrick`; its chains are always the same.
@@ -325,7 +331,8 @@ pub enum Op {
     },
     /// Replaces the nft table, in one transaction, with one that permits at least what it permitted before.
     GrowNft(Nft),
-    AddRule(Rule),
+    /// Puts the rule in place, or in the place of what it was.
+    SetRule(Rule, Lookups),
     SetRoute {
         table: Table,
         to: IpNetwork,
@@ -385,7 +392,7 @@ impl Op {
             | Op::SetLink { .. }
             | Op::SetPeer { .. }
             | Op::GrowNft(_)
-            | Op::AddRule(_)
+            | Op::SetRule(..)
             | Op::SetRoute { .. } => false,
             Op::DelRoute { .. }
             | Op::DelRule(_)

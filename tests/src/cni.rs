@@ -50,7 +50,7 @@ pub(crate) fn prepare(host: &Host, member: &Member, ranges: &[IpNetwork]) -> Res
     host.nft(&flannel(&member.pod_ranges(), ranges))?;
     if member.cni == Cni::Strict {
         host.set_rp_filter(1)?;
-        host.nft(&strict(&member.pod_ranges()))?;
+        host.nft(&strict(&member.allowed_ranges()))?;
     }
     Ok(())
 }
@@ -85,6 +85,14 @@ pub(crate) fn attach_pod(node: &Node, cni: Cni, port: &str, pod: &Host, addresse
     let program =
         if cni == Cni::HostRouting { bpf::forward_by_fib() } else { bpf::forward_out(uplink(host)?, &local(node)?) };
     attach(host, port, false, &program)
+}
+
+/// Gives a pod one more address, outside the ranges of its node, which alone knows the way to it.
+pub(crate) fn add_address(node: &Node, cni: Cni, port: &str, pod: &Host, ip: IpAddr) -> Result<()> {
+    let whole = single(ip)?;
+    address(pod, "eth0", &[whole])?;
+    let link = if cni.routes_each_pod() { port } else { "cni0" };
+    node.host.ip(&format!("route add {whole} dev {link}"))
 }
 
 /// The ways between the pods of one member's nodes.

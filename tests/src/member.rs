@@ -86,7 +86,7 @@ pub enum Cni {
     /// As a cloud: the switch drops what does not come from the node's own address. Pods cross between nodes in
     /// flannel's VXLAN, and are masqueraded as by [`Cni::Bridge`].
     Fabric,
-    /// As a hardened [`Cni::Bridge`]: rp_filter 1, forwarding only for pod ranges, INVALID dropped.
+    /// As a hardened [`Cni::Bridge`]: rp_filter 1, forwarding only for the member's ranges, INVALID dropped.
     Strict,
 }
 

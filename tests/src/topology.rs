@@ -14,7 +14,7 @@ use crate::{
     cni,
     guard::{Guard, HostRecord},
     host::{Host, tail},
-    member::{Cni, Member, Site, nth},
+    member::{Cni, Families, Member, Site, nth},
 };
 
 /// Lines of each log that are shown when a test fails.
@@ -245,6 +245,11 @@ impl Cluster {
             let addresses = member.node_addresses(addresses);
             address(&host, "eth0", &addresses)?;
             gateway(&host, &member.node_addresses(&site.gateway))?;
+            if member.cni == Cni::SkipFib && member.families == Families::V6Underlay {
+                // What leaves natively needs a next hop, be it of the other family.
+                let [_, router] = site.gateway;
+                host.ip(&format!("route add default via inet6 {} dev eth0", router.ip()))?;
+            }
             nodes.push(Node::build(guard, member, n, host, &addresses, cable_end)?);
         }
         cni::connect(member.cni, &nodes)?;
@@ -280,13 +285,24 @@ impl Node {
         self.add_pod_at(guard, &own)
     }
 
+    /// Gives its first pod one more address, outside its ranges, which [`Pod::addresses`] does not list; no other node of
+    /// the member knows the way to it.
+    pub fn add_address(&self, address: IpAddr) -> Result<()> {
+        cni::add_address(self, self.cni, &port_of(0), &self.pods[0].host, address)
+    }
+
     fn add_pod_at(&mut self, guard: &Arc<Guard>, addresses: &[IpAddr]) -> Result<&Pod> {
         let n = self.pods.len();
         let host = Host::network(guard, &format!("{}-pod-{n}", self.host.name()))?;
-        cni::attach_pod(self, self.cni, &format!("pod{n}"), &host, addresses)?;
+        cni::attach_pod(self, self.cni, &port_of(n), &host, addresses)?;
         self.pods.push(Pod { host, addresses: addresses.to_vec() });
         Ok(&self.pods[n])
     }
+}
+
+/// The node's end of the cable to its pod number `n`.
+fn port_of(n: usize) -> String {
+    format!("pod{n}")
 }
 
 /// A cable between two hosts, up at both ends. Made inside them: nothing appears anywhere else.

@@ -53,6 +53,9 @@ pub struct Args {
     /// Upgrade the agents to this carrick, instead of a copy of the first.
     #[arg(long, value_name = "PATH")]
     upgrade: Option<PathBuf>,
+    /// Network plugin of both members: bridge, host-routing, skip-fib, fabric or strict.
+    #[arg(long, default_value = "bridge")]
+    cni: Cni,
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
 }
@@ -94,7 +97,7 @@ pub fn run(args: &Args, build: impl FnOnce() -> Result<PathBuf>) -> Result<bool>
 }
 
 fn checks(args: &Args, carrick: &Carrick, guard: Arc<Guard>) -> Result<Vec<Check>> {
-    let [mn, va] = if DATA_PLANE { Member::pair_of_three(Cni::Bridge) } else { Member::pair() };
+    let [mn, va] = if DATA_PLANE { Member::pair_of_three(args.cni) } else { Member::pair() };
     let (nodes, gateways) = (mn.nodes, mn.gateways);
     say(&format!(
         "from network namespaces: an internet, a NAT router, two members; of each nodes: {nodes}, gateways: {gateways}"
@@ -150,7 +153,7 @@ impl Demo<'_> {
             (&va.member, &va.nodes[0], &mn.member, &mn.nodes[0]),
             (&mn.member, &mn.nodes[0], &va.member, &va.nodes[0]),
         ];
-        give_later_address(&mn.nodes[0])?;
+        mn.nodes[0].add_address(LATER_ADDRESS.parse()?)?;
         let before = lab.nodes().map(|(_, node)| snapshot(node)).collect::<Result<Vec<_>>>()?;
 
         self.begin("connected");
@@ -318,12 +321,6 @@ impl Demo<'_> {
     fn hold(&mut self, name: String, ok: bool, value: impl Into<Value>, unit: &'static str) {
         self.checks.push(Check { name, ok, value: value.into(), unit });
     }
-}
-
-/// A second address for the node's pod, in the range that is offered later.
-fn give_later_address(node: &Node) -> Result<()> {
-    node.pods[0].host.ip(&format!("addr add {LATER_ADDRESS}/32 dev eth0"))?;
-    node.host.ip(&format!("route add {LATER_RANGE} dev cni0"))
 }
 
 fn stop(captures: Vec<Capture>) -> Result<Seen> {

@@ -1,6 +1,6 @@
 //! Our `ip rule`s: those with one of our priorities *and* its table; the rest of what they say must then be ours too.
 
-use std::{collections::BTreeSet, io};
+use std::{collections::BTreeMap, io};
 
 use netlink_packet_core::NLM_F_CREATE;
 use netlink_packet_route::{
@@ -15,18 +15,22 @@ use super::{
 };
 use crate::{
     names::Table,
-    state::{Family, Rule},
+    state::{Family, Lookups, Rule},
 };
 
-/// Our rules that stand exactly once and exactly as [`add`] writes them. One that somebody has altered or doubled is left
+/// The incoming device of what the node itself sends.
+const LOOPBACK: &str = "lo";
+
+/// Our rules that stand exactly once and as [`set`] writes them. One that somebody has altered or doubled is left
 /// out, so that it is added again.
-pub(super) async fn read(rtnl: &Rtnl) -> io::Result<BTreeSet<Rule>> {
-    let mut rules = BTreeSet::new();
+pub(super) async fn read(rtnl: &Rtnl) -> io::Result<BTreeMap<Rule, Lookups>> {
+    let mut rules = BTreeMap::new();
     for family in Family::ALL {
         let found = dump(rtnl, family).await?;
-        rules.extend(Table::ALL.map(|table| Rule { family, table }).into_iter().filter(|rule| {
-            let mut ours = found.iter().filter(|message| claims(message, *rule));
-            ours.next().is_some_and(|message| is_exact(message, *rule)) && ours.next().is_none()
+        rules.extend(Table::ALL.map(|table| Rule { family, table }).into_iter().filter_map(|rule| {
+            let mut ours = found.iter().filter(|message| claims(message, rule));
+            let lookups = ours.next().and_then(lookups)?;
+            ours.next().is_none().then_some((rule, lookups))
         }));
     }
     Ok(rules)
@@ -34,10 +38,10 @@ pub(super) async fn read(rtnl: &Rtnl) -> io::Result<BTreeSet<Rule>> {
 
 /// Puts the rule in place, once, and removes its altered forms. There is no moment without it: the new one goes behind
 /// those of its priority, and then as many as stood there before are removed from the front.
-pub(super) async fn add(rtnl: &Rtnl, rule: Rule) -> io::Result<()> {
+pub(super) async fn set(rtnl: &Rtnl, rule: Rule, lookups: &Lookups) -> io::Result<()> {
     let before = count(rtnl, rule).await?;
     // Without NLM_F_EXCL a rule that exists is added a second time.
-    rtnl.change(RouteNetlinkMessage::NewRule(encode(rule)), NLM_F_CREATE).await?;
+    rtnl.change(RouteNetlinkMessage::NewRule(encode(rule, lookups)), NLM_F_CREATE).await?;
     remove_first(rtnl, rule, before).await
 }
 
@@ -93,7 +97,7 @@ pub(super) fn table(message: &RuleMessage) -> u32 {
     long.unwrap_or(message.header.table.into())
 }
 
-fn encode(rule: Rule) -> RuleMessage {
+fn encode(rule: Rule, lookups: &Lookups) -> RuleMessage {
     let mut message = RuleMessage::default();
     message.header.family = address_family(rule.family);
     message.header.action = RuleAction::ToTable;
@@ -102,31 +106,38 @@ fn encode(rule: Rule) -> RuleMessage {
         RuleAttribute::Priority(rule.priority()),
         RuleAttribute::Protocol(RouteProtocol::Kernel),
     ];
-    if rule.forwarded_only() {
-        message.header.flags = RuleFlags::Invert;
-        message.attributes.push(RuleAttribute::Iifname("lo".to_owned()));
-    }
+    let but_for = match lookups {
+        Lookups::All => return message,
+        Lookups::Forwarded => RuleAttribute::Iifname(LOOPBACK.to_owned()),
+        Lookups::NotBoundTo(device) => RuleAttribute::Oifname(device.clone()),
+    };
+    message.header.flags = RuleFlags::Invert;
+    message.attributes.push(but_for);
     message
 }
 
-fn is_exact(message: &RuleMessage, rule: Rule) -> bool {
-    let (mut iif, mut protocol, mut plain) = (None, RouteProtocol::Unspec, true);
+/// `None` for a rule that is otherwise than [`encode`] writes any.
+fn lookups(message: &RuleMessage) -> Option<Lookups> {
+    let (mut but_for, mut protocol) = (Vec::new(), RouteProtocol::Unspec);
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Table(_) | RuleAttribute::Priority(_) => {}
-            RuleAttribute::Iifname(name) => iif = Some(name.as_str()),
+            RuleAttribute::Iifname(name) if name == LOOPBACK => but_for.push(Lookups::Forwarded),
+            RuleAttribute::Oifname(name) => but_for.push(Lookups::NotBoundTo(name.clone())),
             RuleAttribute::Protocol(found) => protocol = *found,
             // Always sent; without suppression it is -1.
             RuleAttribute::SuppressPrefixLen(u32::MAX) => {}
-            _ => plain = false,
+            _ => return None,
         }
     }
     let header = &message.header;
-    let (inverted, from) = if rule.forwarded_only() { (true, Some("lo")) } else { (false, None) };
-    plain
-        && protocol == RouteProtocol::Kernel
-        && iif == from
-        && header.flags.contains(RuleFlags::Invert) == inverted
-        && header.action == RuleAction::ToTable
-        && (header.src_len, header.dst_len, header.tos) == (0, 0, 0)
+    let plain = (header.src_len, header.dst_len, header.tos) == (0, 0, 0);
+    if !plain || protocol != RouteProtocol::Kernel || header.action != RuleAction::ToTable {
+        return None;
+    }
+    match (header.flags.contains(RuleFlags::Invert), but_for.as_slice()) {
+        (false, []) => Some(Lookups::All),
+        (true, [lookups]) => Some(lookups.clone()),
+        _ => None,
+    }
 }

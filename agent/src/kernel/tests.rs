@@ -24,7 +24,7 @@ use crate::{
     keys::{PresharedKey, PrivateKey, PublicKey},
     names::{Device, Interface, Ordinal, Table},
     reconcile::Kernel,
-    state::{self, Family, Hop, Link, Nft, Op, Peer, Route, Rule, State},
+    state::{self, Family, Hop, Link, Lookups, Nft, Op, Peer, Route, Rule, State},
 };
 
 /// Runs `work` on a thread with a network namespace and a runtime of its own; both end with it.
@@ -233,7 +233,7 @@ prop_compose! {
         hop in Just(hop),
         hop_link in any_link(),
         devices in proptest::collection::vec(any_link(), 0..3),
-        rules in proptest::sample::subsequence(all_rules(), 0..=4),
+        rules in proptest::collection::btree_map(any_rule(), any_lookups(), 0..=4),
         nft in proptest::option::of(any_nft()),
         overlay in proptest::sample::subsequence(vec![OVERLAY, Ipv6Addr::new(0xfd63, 0, 0, 0, 0, 0, 0, 2)], 0..=2),
     ) -> State {
@@ -246,7 +246,7 @@ prop_compose! {
             links: links.chain(hop.iter().map(|_| (Interface::Hop, hop_link.clone()))).collect(),
             hop,
             routes,
-            rules: rules.into_iter().collect(),
+            rules,
             nft,
             overlay: overlay.into_iter().collect(),
             ..State::default()
@@ -254,8 +254,15 @@ prop_compose! {
     }
 }
 
-fn all_rules() -> Vec<Rule> {
-    Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Rule { family, table })).collect()
+fn any_rule() -> impl Strategy<Value = Rule> {
+    let all = Family::ALL.into_iter().flat_map(|family| Table::ALL.map(|table| Rule { family, table }));
+    proptest::sample::select(all.collect::<Vec<_>>())
+}
+
+fn any_lookups() -> impl Strategy<Value = Lookups> {
+    // One device that is there, and one that is not.
+    let devices = ["eth0", "gone0"].map(|device| Lookups::NotBoundTo(device.to_owned()));
+    proptest::sample::select([vec![Lookups::All, Lookups::Forwarded], devices.to_vec()].concat())
 }
 
 const OVERLAY: Ipv6Addr = Ipv6Addr::new(0xfd63, 0, 0, 0, 0, 0, 0, 1);
@@ -301,7 +308,12 @@ fn typical() -> State {
             ((Table::Closed, net("fd44::/48")), Route::Unreachable),
             ((Table::Closed, net("10.44.9.9/32")), Route::Throw),
         ]),
-        rules: all_rules().into_iter().collect(),
+        rules: BTreeMap::from([
+            (Rule { family: Family::V4, table: Table::Remote }, Lookups::All),
+            (Rule { family: Family::V4, table: Table::Closed }, Lookups::Forwarded),
+            (Rule { family: Family::V6, table: Table::Remote }, Lookups::NotBoundTo("eth0".to_owned())),
+            (Rule { family: Family::V6, table: Table::Closed }, Lookups::Forwarded),
+        ]),
         nft: Some(typical_nft()),
         overlay: BTreeSet::from([OVERLAY]),
         ..State::default()
@@ -401,6 +413,9 @@ fn damaged_rules_are_repaired() {
         "ip rule del pref 12 table 7474; ip rule add pref 12 iif lo table 7474",
         "ip rule del pref 12 table 7474; ip rule add pref 12 not iif lo table 7474 proto static",
         "ip rule del pref 12 table 7474; ip rule add pref 12 not iif lo table 7474 fwmark 7 proto kernel",
+        "ip -6 rule del pref 11 table 7473; ip -6 rule add pref 11 table 7473 proto kernel",
+        "ip -6 rule del pref 11 table 7473; ip -6 rule add pref 11 oif eth0 table 7473 proto kernel",
+        "ip -6 rule del pref 11 table 7473; ip -6 rule add pref 11 not oif eth0 iif lo table 7473 proto kernel",
         "ip -6 rule add pref 11 table 7473 suppress_prefixlength 0; ip -6 rule add pref 11 table 7473 tos 8",
     ]);
 }
@@ -612,7 +627,7 @@ fn repairs_leave_no_gap() {
             let rule = Rule { family, table: Table::Closed };
             let flag = if family == Family::V4 { "-4" } else { "-6" };
             sh(&format!("ip {flag} rule del pref 12 table 7474; ip {flag} rule add pref 12 iif lo table 7474"));
-            assert_eq!(told(&rules, kernel.apply(&Op::AddRule(rule))).await, [new_rule, del_rule]);
+            assert_eq!(told(&rules, kernel.apply(&Op::SetRule(rule, Lookups::Forwarded))).await, [new_rule, del_rule]);
         }
         let routes = [MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route];
         for to in ["10.44.0.0/16", "fd44::/48"] {

@@ -146,7 +146,7 @@ fn two_members() {
         ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         ip route replace unreachable fd77:8bad:2517:1::/64 table 7474
@@ -204,7 +204,7 @@ fn a_device_for_each_remote_ordinal_and_both_families() {
         ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         ip route replace unreachable 10.45.0.0/16 table 7474
@@ -262,7 +262,7 @@ fn only_what_is_offered_here_is_routed_and_only_what_is_offered_there_is_admitte
         ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.45.0.0/16 table 7474
         ip route replace unreachable 10.46.0.0/16 table 7474
@@ -334,7 +334,7 @@ fn nested_prefixes_of_a_member_are_routed_each_and_permitted_once() {
         ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         ip route replace unreachable 10.44.0.0/24 table 7474
@@ -394,7 +394,7 @@ fn an_endpoint_inside_a_remote_range_is_carved_out() {
         ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         ip route replace unreachable 10.45.0.0/16 table 7474
@@ -449,7 +449,7 @@ fn a_preshared_key_that_cannot_be_used_leaves_its_member_out() {
         ip address add fd77:8bad:2517:1::1/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         ip route replace unreachable 10.45.0.0/16 table 7474
@@ -473,7 +473,7 @@ fn a_node_that_the_folder_does_not_name_closes_what_the_others_claim() {
         expect![[r#"
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         MeshCluster/mn spec.gateways[ordinal=0].publicKey: NotInMesh: K0 is not the key of this node's slot 0: put the public key that `carrick keys show` prints here, or the private key that belongs to this one into the keys folder
@@ -485,7 +485,7 @@ fn a_node_that_the_folder_does_not_name_closes_what_the_others_claim() {
         expect![[r#"
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         MeshCluster/mn spec.gateways: NotInMesh: the folder names no gateway with ordinal 0: add it with publicKey K0
@@ -567,7 +567,7 @@ fn a_gateway_among_other_nodes() {
         ip address add fd77:8bad:2517:1::2/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         ip route replace unreachable fd77:8bad:2517:1::/64 table 7474
@@ -620,7 +620,7 @@ fn a_worker() {
         ip address add fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         ip route replace unreachable fd77:8bad:2517:1::/64 table 7474
@@ -754,7 +754,7 @@ fn a_gateway_whose_key_the_folder_does_not_name_works_as_a_worker() {
         ip address add fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         ip route replace unreachable fd77:8bad:2517:1::/64 table 7474
@@ -806,7 +806,7 @@ fn several_nodes_without_a_hop_secret() {
         ip address add fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 dev lo preferred_lft 0
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         ip route replace unreachable fd77:8bad:2517:1::/64 table 7474
@@ -827,7 +827,7 @@ fn a_node_that_no_document_names() {
         expect![[r#"
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
-        ip -6 rule add priority 11 lookup 7473
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
         ip -6 rule add priority 12 not iif lo lookup 7474
         ip route replace unreachable 10.44.0.0/16 table 7474
         Node/n4 metadata.name: NotInMesh: no accepted Node is called n4: add it, or mend --node-name
@@ -848,7 +848,7 @@ fn a_cluster_without_gateways() {
         expect![[r#"
             ip -4 rule add priority 11 lookup 7473
             ip -4 rule add priority 12 not iif lo lookup 7474
-            ip -6 rule add priority 11 lookup 7473
+            ip -6 rule add priority 11 not oif eth0 lookup 7473
             ip -6 rule add priority 12 not iif lo lookup 7474
             ip route replace unreachable 10.44.0.0/16 table 7474
             MeshCluster/mn spec.gateways: NoGateway: no node of this cluster holds a slot: add a MeshGateway that names the node

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fmt};
 
 use ipnetwork::IpNetwork;
 
-use super::{Attachment, Config, Entry, Home, Hop, Key, Nft, Node, Op, Remote, Route, Rule, WireGuard};
+use super::{Attachment, Config, Entry, Home, Hop, Key, Lookups, Nft, Node, Op, Remote, Route, Rule, WireGuard};
 use crate::names::HOP;
 
 impl fmt::Display for Route {
@@ -26,8 +26,18 @@ impl fmt::Display for Route {
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let not_iif_lo = if self.forwarded_only() { "not iif lo " } else { "" };
-        write!(f, "priority {} {not_iif_lo}lookup {}", self.priority(), self.table)
+        write!(f, "priority {} lookup {}", self.priority(), self.table)
+    }
+}
+
+/// With a space behind it, where it is more than nothing.
+impl fmt::Display for Lookups {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Lookups::All => Ok(()),
+            Lookups::Forwarded => f.write_str("not iif lo "),
+            Lookups::NotBoundTo(device) => write!(f, "not oif {device} "),
+        }
     }
 }
 
@@ -156,7 +166,10 @@ impl fmt::Display for Op {
             }
             Op::GrowNft(nft) | Op::ShrinkNft(Some(nft)) => write!(f, "nft replace table inet carrick {nft}"),
             Op::ShrinkNft(None) => f.write_str("nft delete table inet carrick"),
-            Op::AddRule(rule) => write!(f, "ip {} rule add {rule}", rule.family.option()),
+            Op::SetRule(rule, lookups) => {
+                let (family, priority) = (rule.family.option(), rule.priority());
+                write!(f, "ip {family} rule add priority {priority} {lookups}lookup {}", rule.table)
+            }
             Op::DelRule(rule) => write!(f, "ip {} rule del {rule}", rule.family.option()),
             Op::SetRoute { table, to, route: route @ Route::Hop { .. } } => {
                 write!(f, "ip route replace {to} {route} table {table}")

@@ -28,6 +28,7 @@ pub struct Stream {
     arrived: Arc<AtomicU64>,
     writer: JoinHandle<io::Result<u64>>,
     reader: JoinHandle<(Received, io::Result<()>)>,
+    ends: [TcpStream; 2],
 }
 
 /// What became of a stream.
@@ -66,6 +67,7 @@ impl Stream {
         writer.set_write_timeout(Some(LIMIT))?;
         writer.set_read_timeout(Some(LIMIT))?;
         reader.set_read_timeout(Some(LIMIT))?;
+        let ends = [writer.try_clone()?, reader.try_clone()?];
         let (stop, arrived) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
         let stopped = (stop.clone(), stop.clone());
         let counted = arrived.clone();
@@ -74,6 +76,7 @@ impl Stream {
             arrived,
             writer: thread::spawn(move || write(writer, &stopped.0)),
             reader: thread::spawn(move || read(reader, &stopped.1, &counted)),
+            ends,
         })
     }
 
@@ -87,9 +90,19 @@ impl Stream {
         self.arrived.load(Ordering::Relaxed)
     }
 
+    /// Gives up a stream that cannot end in order, because nothing carries it any more.
+    pub fn abandon(self) -> io::Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.ends.iter().try_for_each(|end| end.shutdown(Shutdown::Both))?;
+        self.stop();
+        Ok(())
+    }
+
     /// Stops writing, waits for the orderly end, and tells.
     pub fn stop(self) -> Report {
         self.stop.store(true, Ordering::Relaxed);
+        // The reader's own is then its last: its end is what the writer waits for.
+        drop(self.ends);
         let written = self.writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let (received, read) = self.reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let failure = match (written, read) {
