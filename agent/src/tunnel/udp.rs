@@ -351,3 +351,33 @@ fn to_std(address: &SockaddrStorage) -> Option<SocketAddr> {
     }
     Some(v6)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::kernel::tests::{in_netns, sh};
+
+    /// Neither alone nor in a run, whatever was sent before; needs root.
+    #[test]
+    fn what_is_longer_than_ipv6_needs_never_goes_in_pieces() {
+        const LAST: usize = 1;
+        let lengths = [100, 1312, 1313, 609, 1400, 608, 1312, 1312, 1300, 1313, 1313, 1400, 1400, 700, LAST];
+        let heard: Vec<usize> = lengths.into_iter().filter(|len| *len <= 1312).collect();
+        in_netns(|| async {
+            sh("ip link set lo mtu 1280");
+            for ip in ["127.0.0.1", "::1"] {
+                let to = UdpSocket::bind((ip, 0)).await.unwrap();
+                let at = Endpoint::from(to.local_addr().unwrap());
+                let packet = |len| (Packet::from_bytes(BytesMut::zeroed(len)), at);
+                let mut packets: Vec<_> = lengths.map(packet).into();
+                Socket::bind(0).unwrap().send(&mut packets).await;
+                let mut received = Vec::new();
+                while received.last() != Some(&LAST) {
+                    received.push(to.recv(&mut [0; 2000]).await.unwrap());
+                }
+                assert_eq!(received, heard, "{ip}");
+            }
+        });
+    }
+}
