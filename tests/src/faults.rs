@@ -63,9 +63,9 @@ impl Lab {
         Ok([self.drop_packets(a, b, traffic, 100)?, self.drop_packets(b, a, traffic, 100)?])
     }
 
-    /// From now on the internet carries at most so many bytes of a packet to and from a member, and tells nobody. What may
-    /// be fragmented is, as by any router.
-    pub fn limit_mtu(&self, member: &str, bytes: u16) -> Result<Fault<'_>> {
+    /// From now on the internet carries at most so many bytes of a packet to and from a member, and tells nobody. IPv4 that
+    /// may be fragmented is, as by any router; `fragments` says whether they arrive.
+    pub fn limit_mtu(&self, member: &str, bytes: u16, fragments: bool) -> Result<Fault<'_>> {
         let cluster = self.cluster(member)?;
         let Cluster { uplink, .. } = cluster;
         let from = 1000 + u32::from(cluster.member.id);
@@ -89,6 +89,20 @@ impl Lab {
         icmp type destination-unreachable icmp code frag-needed counter drop
         icmpv6 type packet-too-big counter drop
     }\n";
+        if !fragments {
+            let uplinks: Vec<&str> = self.clusters.iter().map(|cluster| cluster.uplink.as_str()).collect();
+            // Behind the place where they are made.
+            self.internet.nft(&format!(
+                "table netdev fragments {{
+    chain lose {{
+        type filter hook egress devices = {{ {} }} priority filter; policy accept;
+        ip frag-off & 0x3fff != 0 counter drop
+    }}
+}}",
+                uplinks.join(", ")
+            ))?;
+            undo += "nft delete table netdev fragments\n";
+        }
         fault(&self.internet, "inet", silence, undo)
     }
 
