@@ -32,7 +32,7 @@ pub struct Facts {
     pub underlay_mtu: u32,
     /// The native devices by name, each with its MTU in bytes.
     pub native: BTreeMap<String, u32>,
-    /// Bytes of an inner packet that reach the member's pods, as probes have found.
+    /// Bytes of an inner packet that reach the member's pods, or from a worker its gateways, as probes have found.
     pub mtus: BTreeMap<MemberName, u16>,
     /// Whether the kernel has IPv6 at all.
     pub ipv6: bool,

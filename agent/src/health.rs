@@ -64,7 +64,7 @@ pub struct Targets {
     pub members: BTreeMap<MemberId, BTreeMap<Ordinal, Ipv6Addr>>,
     /// Bytes of an inner packet that the hop's device carries.
     pub hop_mtu: u16,
-    /// Bytes of an inner packet that the WireGuard devices carry.
+    /// Bytes of an inner packet that the WireGuard devices carry; on a worker, that those of its gateways should.
     pub tunnel_mtu: u16,
 }
 

@@ -36,6 +36,9 @@ const HOP_OVERHEAD: u32 = 70;
 /// The kernel takes IPv6 from a device below this (RFC 8200 §5), in bytes.
 const MIN_MTU: u16 = 1280;
 
+/// What every IPv4 host has to be able to take (RFC 791 §3.1), in bytes.
+const MIN_MTU_V4: u16 = 576;
+
 /// Bytes: larger devices have not been tried.
 const MAX_MTU: u16 = 3_900;
 

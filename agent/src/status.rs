@@ -81,7 +81,7 @@ pub struct MemberStatus {
     pub via: Vec<u8>,
     /// Slots of that member that this gateway reaches itself.
     pub links: Vec<u8>,
-    /// Bytes of an inner packet that reach its pods.
+    /// Bytes of an inner packet that reach its pods; on a worker, the gateways of its own cluster.
     pub mtu: u32,
 }
 

@@ -159,7 +159,8 @@ pub struct Reach {
     pub via: u8,
     /// Bit s: this gateway reaches the member's slot s.
     pub links: u8,
-    /// Bytes of an inner packet that reach the member's pods whatever the way; 0: not known.
+    /// Bytes of an inner packet that reach the member's pods whatever the way; on a worker, that reach its own gateways,
+    /// which know the rest; 0: not known.
     pub mtu: u16,
     pub zero: u32,
 }

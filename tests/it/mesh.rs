@@ -10,6 +10,7 @@ use lab::{
     faults::{Fault, Traffic},
     traffic::{
         http,
+        path::told_mtu,
         ping::ping,
         stream::Stream,
         udp::{Flow, Report},
@@ -43,6 +44,7 @@ under! {
     a_drained_gateway_loses_nothing,
     agents_that_restart_or_hang_lose_nothing,
     without_tunnels_nothing_leaves_in_the_clear,
+    a_narrow_underlay_swallows_no_stream,
     a_pod_outside_the_ranges_of_nodes_is_found,
 }
 under! { host_routing, super::Cni::HostRouting, every_fault_in_turn, }
@@ -157,6 +159,30 @@ impl Meshed<'_> {
             let on = flows.iter().zip(&before).all(|(now, before)| *now > before + 500) && bytes > arrived;
             if on { Ok(()) } else { Err(format!("from {before:?}, {arrived} to {flows:?}, {bytes}")) }
         })
+    }
+
+    /// Waits until what the workers' pods are told of the path to each other, with their addresses of these families, is this.
+    fn is_told(&self, mtu: u16, families: &[&str]) -> Result<()> {
+        let (va, mn) = (&self.node("va", 2)?.pods[0], &self.node("mn", 2)?.pods[0]);
+        for (from, to) in [(va, mn), (mn, va)] {
+            for address in to.addresses.iter().filter(|address| is_of(**address, families)) {
+                wait_for(&format!("{} to be told {mtu}", from.host.name()), SOON, || {
+                    match told_mtu(&from.host, &to.host, *address) {
+                        Ok(told) if told == mtu => Ok(()),
+                        Ok(told) => Err(format!("{told} to {address}")),
+                        Err(error) => Err(format!("{error:#}")),
+                    }
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a gateway says so of the way from `va` to `mn`.
+    fn is_too_narrow_for_ipv6(&self) -> Result<bool> {
+        let gateways = self.lab.cluster("va")?.gateways();
+        let said = gateways.map(|(node, _)| Ok(self.carrick.status(node)?.problems)).collect::<Result<Vec<_>>>()?;
+        Ok(said.iter().flatten().any(|problem| problem.starts_with("the way to mn carries less than the 1280 bytes")))
     }
 
     /// One after the other, as a rollout does.
@@ -376,6 +402,56 @@ fn without_tunnels_nothing_leaves_in_the_clear(meshed: &mut Meshed<'_>) -> Resul
     let seen = watch.stop()?;
     ensure!(seen[worker.host.name()].clear > 0, "the watch sees nothing: {seen:#?}");
     Ok(())
+}
+
+/// No ICMP of the underlay tells anybody: the probes have to find it. Both ways, in both families; the smallest path has
+/// no room for IPv6, and only the agents' words for it.
+fn a_narrow_underlay_swallows_no_stream(meshed: &mut Meshed<'_>) -> Result<()> {
+    let (va, mn) = (&meshed.node("va", 2)?.pods[0], &meshed.node("mn", 2)?.pods[0]);
+    // As a device of 1420 bytes has it; less 60 for IPv4, UDP and WireGuard, which pads to 16; what IPv6 needs, in
+    // fragments; the same without fragments.
+    meshed.is_told(1420, &["10.", "fd00:"])?;
+    for (bytes, fragments, told) in [(1400, true, 1328), (1280, true, 1280), (1280, false, 1216)] {
+        let families: &[&str] = if fragments { &["10.", "fd00:"] } else { &["10."] };
+        let what = format!("an underlay of {bytes} bytes, fragments pass: {fragments}");
+        let streams = || -> Result<Vec<Stream>> {
+            let pairs = [(va, mn), (mn, va)].into_iter();
+            let to = pairs.flat_map(|(from, to)| to.addresses.iter().map(move |address| (from, to, *address)));
+            let to = to.filter(|(_, _, address)| is_of(*address, families));
+            to.map(|(from, to, address)| Stream::start(&from.host, &to.host, (address, 0).into())).collect()
+        };
+        let mut running = streams()?;
+        go_on(&running)?;
+        let narrow = meshed.lab.limit_mtu("va", bytes, fragments)?;
+        go_on(&running)?;
+        running.extend(streams()?);
+        go_on(&running)?;
+        meshed.is_told(told, families)?;
+        let too_narrow = meshed.is_too_narrow_for_ipv6()?;
+        ensure!(too_narrow != fragments, "{what}: what do the gateways say?");
+        narrow.mend()?;
+        go_on(&running)?;
+        for stream in running {
+            let report = stream.stop();
+            eprintln!("{what}: {} bytes of TCP, stall {} ms", report.bytes, report.longest_stall_ms);
+            ensure!(report.survived(), "{what}: {report:?}");
+        }
+    }
+    Ok(())
+}
+
+fn is_of(address: IpAddr, families: &[&str]) -> bool {
+    families.iter().any(|family| address.to_string().starts_with(family))
+}
+
+/// Waits until some more has arrived by each: what a buffer holds is not enough.
+fn go_on(streams: &[Stream]) -> Result<()> {
+    let before: Vec<u64> = streams.iter().map(Stream::arrived).collect();
+    wait_for("streams to go on", CONNECT_LIMIT, || {
+        let now: Vec<u64> = streams.iter().map(Stream::arrived).collect();
+        let on = now.iter().zip(&before).all(|(now, before)| *now > before + 2_000_000);
+        if on { Ok(()) } else { Err(format!("from {before:?} to {now:?}")) }
+    })
 }
 
 fn a_pod_outside_the_ranges_of_nodes_is_found(meshed: &mut Meshed<'_>) -> Result<()> {

@@ -74,6 +74,7 @@ pub struct Status {
     pub peers: Vec<PeerStatus>,
     /// Packets by the way that they left by.
     pub sent: Vec<Sent>,
+    pub problems: Vec<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

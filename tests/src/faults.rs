@@ -63,23 +63,25 @@ impl Lab {
         Ok([self.drop_packets(a, b, traffic, 100)?, self.drop_packets(b, a, traffic, 100)?])
     }
 
-    /// From now on the internet carries at most so many bytes of a packet to and from a member, and tells nobody.
-    pub fn limit_mtu(&self, member: &str, bytes: u16) -> Result<Fault<'_>> {
+    /// From now on the internet carries at most so many bytes of a packet to and from a member, and tells nobody. IPv4 that
+    /// may be fragmented is, as by any router; `fragments` says whether they arrive.
+    pub fn limit_mtu(&self, member: &str, bytes: u16, fragments: bool) -> Result<Fault<'_>> {
         let cluster = self.cluster(member)?;
         let Cluster { uplink, .. } = cluster;
-        let table = 1000 + u32::from(cluster.member.id);
-        let mut doing = format!("ip link set {uplink} mtu {bytes}\n");
-        let mut undo = format!("ip link set {uplink} mtu 1500\n");
+        let from = 1000 + u32::from(cluster.member.id);
+        let to = 2000 + u32::from(cluster.member.id);
+        let (mut doing, mut undo) = (String::new(), String::new());
         for family in ["-4", "-6"] {
             let routes = self.internet.output("ip", &[family, "-o", "route", "show", "table", "main"])?;
-            let elsewhere = |route: &&str| !route.split(' ').any(|word| word == uplink) && !route.starts_with("fe80:");
-            for route in routes.lines().filter(elsewhere) {
+            for route in routes.lines().filter(|route| !route.starts_with("fe80:")) {
+                let table = if route.split(' ').any(|word| word == uplink) { to } else { from };
                 let route = route.trim_end().replace(" linkdown", "");
                 doing += &format!("ip {family} route add {route} mtu lock {bytes} table {table}\n");
             }
-            doing += &format!("ip {family} rule add iif {uplink} lookup {table}\n");
-            undo +=
-                &format!("ip {family} rule del iif {uplink} lookup {table}\nip {family} route flush table {table}\n");
+            doing += &format!("ip {family} rule add lookup {to}\nip {family} rule add iif {uplink} lookup {from}\n");
+            for (rule, table) in [(format!("iif {uplink} "), from), (String::new(), to)] {
+                undo += &format!("ip {family} rule del {rule}lookup {table}\nip {family} route flush table {table}\n");
+            }
         }
         self.internet.output("sh", &["-ec", &doing])?;
         let silence = "    chain silence {
@@ -87,6 +89,20 @@ impl Lab {
         icmp type destination-unreachable icmp code frag-needed counter drop
         icmpv6 type packet-too-big counter drop
     }\n";
+        if !fragments {
+            let uplinks: Vec<&str> = self.clusters.iter().map(|cluster| cluster.uplink.as_str()).collect();
+            // Behind the place where they are made.
+            self.internet.nft(&format!(
+                "table netdev fragments {{
+    chain lose {{
+        type filter hook egress devices = {{ {} }} priority filter; policy accept;
+        ip frag-off & 0x3fff != 0 counter drop
+    }}
+}}",
+                uplinks.join(", ")
+            ))?;
+            undo += "nft delete table netdev fragments\n";
+        }
         fault(&self.internet, "inet", silence, undo)
     }
 

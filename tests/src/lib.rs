@@ -9,7 +9,7 @@
 //! - [`host`]: one machine of the lab: runs closures and programs inside its namespaces.
 //! - [`guard`]: the life of a lab: however its maker ends, nothing of it stays behind.
 //! - [`carrick`] and [`mesh`]: the program under test, and the folder of manifests that it reads.
-//! - [`traffic`]: numbered UDP, a TCP stream, TCP throughput, HTTP, ping.
+//! - [`traffic`]: numbered UDP, a TCP stream, TCP throughput, HTTP, ping, the MTU that a sender is told.
 //! - [`capture`] and [`watch`]: what passed on an interface, and on every node's uplink.
 //! - [`faults`]: nodes switched off, links cut, lossy or narrow.
 //!

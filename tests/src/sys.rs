@@ -22,6 +22,25 @@ pub(crate) fn tcp_retransmits(socket: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(info.tcpi_total_retrans)
 }
 
+/// Sends nothing any more that is larger than the path's MTU, as the kernel believes it, and never in fragments.
+pub(crate) fn never_fragment(socket: BorrowedFd<'_>, v6: bool) -> io::Result<()> {
+    let (level, option, value) = match v6 {
+        false => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO),
+        true => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DO),
+    };
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the value is an int, which lives through the call.
+    check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), length) })
+}
+
+/// The MTU of a connected socket's path, in bytes, as the kernel believes it.
+pub(crate) fn path_mtu(socket: BorrowedFd<'_>, v6: bool) -> io::Result<u16> {
+    let (level, option) = if v6 { (libc::IPPROTO_IPV6, libc::IPV6_MTU) } else { (libc::IPPROTO_IP, libc::IP_MTU) };
+    // SAFETY: these options return an int (ip(7), ipv6(7)).
+    let mtu: libc::c_int = unsafe { get(socket, level, option)? };
+    u16::try_from(mtu).map_err(io::Error::other)
+}
+
 /// From now on, a packet socket receives what passes on that interface, both directions, at most `bytes` of each packet.
 pub(crate) fn bind_packet(socket: BorrowedFd<'_>, interface: u32, bytes: u32) -> io::Result<()> {
     // One instruction: keep that much of the packet.

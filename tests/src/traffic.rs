@@ -1,6 +1,7 @@
 //! Traffic between hosts of the lab: sockets of this process, opened in the hosts' network namespaces.
 
 pub mod http;
+pub mod path;
 pub mod ping;
 pub mod stream;
 pub mod tcp;

@@ -173,6 +173,13 @@ pub(super) fn problems(intent: &Intent, report: Option<&Report>) -> Vec<String> 
             let member = name(*id).unwrap_or_else(|| id.to_string());
             format!("no way to {member} is known: the last one that was stays in use")
         }
+        Alarm::Narrow(id) => {
+            let member = name(*id).unwrap_or_else(|| id.to_string());
+            format!(
+                "the way to {member} carries less than the 1280 bytes that IPv6 needs, and loses fragments: its IPv6 \
+                 packets that are longer are lost; widen it, or let fragments of UDP pass"
+            )
+        }
     });
     let alarms: BTreeSet<String> = alarms.chain(report.problems.iter().cloned()).collect();
     alarms.into_iter().collect()

@@ -360,7 +360,7 @@ proptest! {
     /// Of a world that stands still, the sets are what a naive reading of it says.
     #[test]
     fn what_is_known_is_what_is_the_case(
-        seed: u64, gateway: bool, dead in 0..256u32, draining in 0..256u32, claimed in vec(0..4u8, 4), told in 1280..1500u16,
+        seed: u64, gateway: bool, dead in 0..256u32, draining in 0..256u32, claimed in vec(0..4u8, 4), told in 576..1500u16,
     ) {
         let node = if gateway { 0 } else { WORKER };
         let mut sim = Sim::new(seed, &[node], 4, 2, 2);
@@ -388,7 +388,9 @@ proptest! {
             if links | via != 0 {
                 prop_assert_eq!(reach.links, best(links, set(vec![remote(id, 0), remote(id, 1)], &drains)));
                 prop_assert_eq!(reach.via, best(via, set(owns, &drains)));
-                prop_assert_eq!(reach.mtu, told.min(if links == 0 { HOP_MTU } else { TUNNEL_MTU }));
+                prop_assert_eq!(reach.mtu, told.min(TUNNEL_MTU));
+                let narrow = sim.health(node).verdict().alarms.contains(&Alarm::Narrow(member(id)));
+                prop_assert_eq!(narrow, told < 1280, "IPv6 has no room, and somebody is told");
             } else {
                 prop_assert_ne!(reach.links | reach.via, 0, "the last set stays");
                 prop_assert!(sim.health(node).verdict().alarms.contains(&Alarm::NoWay(member(id))));
@@ -612,16 +614,15 @@ proptest! {
     ) {
         let node = if gateway { 8 } else { WORKER };
         let target = if gateway { remote(2, 0) } else { own(0) };
-        let limit = if gateway { TUNNEL_MTU } else { HOP_MTU };
         let mut sim = Sim::new(seed, &[node], 1, 1, 1);
         sim.way(node, target).rtt = ms(rtt);
         sim.run(seconds(10) + ms(phase));
-        prop_assert_eq!(sim.reach(node, 2).mtu, limit);
-        let mut last = limit;
+        prop_assert_eq!(sim.reach(node, 2).mtu, TUNNEL_MTU);
+        let mut last = TUNNEL_MTU;
         for path in paths {
             sim.way(node, target).path = path;
             sim.run(if path < last { seconds(4) } else { seconds(12) });
-            last = path.min(limit);
+            last = path.min(TUNNEL_MTU);
             prop_assert_eq!(sim.reach(node, 2).mtu, last);
             prop_assert_eq!(sim.health(node).seen()[&target].life, Life::Up);
         }
@@ -695,7 +696,7 @@ proptest! {
             Drain::Quiet => {
                 prop_assert!(counted && took >= seconds(7) && sim.now - last >= seconds(2), "{took:?}");
                 sim.run(seconds(1));
-                prop_assert_eq!(sim.reach(0, 2), Reach { via: 0b10, links: 0, mtu: HOP_MTU, zero: 0 });
+                prop_assert_eq!(sim.reach(0, 2), Reach { via: 0b10, links: 0, mtu: TUNNEL_MTU, zero: 0 });
             }
             state => prop_assert!(state == Drain::GaveUp && took >= seconds(30) && took < seconds(31), "{took:?}"),
         }

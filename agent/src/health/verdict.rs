@@ -22,6 +22,8 @@ use ebpf::{Answer, Reach};
 use super::{Target, Targets, Watched, pulse::Life};
 use crate::names::{MemberId, Ordinal};
 
+/// Bytes that every link has to carry (RFC 8200 §5).
+const IPV6_LEAST: u16 = 1280;
 /// What dies within this, dies at once.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
@@ -44,6 +46,8 @@ pub enum Alarm {
     NoLinkAnswers,
     /// No way to the member is known. The last one that was is still in use, if there was one.
     NoWay(MemberId),
+    /// The way to the member carries less than IPv6 asks of every link, and no host sends less for being told.
+    Narrow(MemberId),
 }
 
 /// The members of an answer's bitmap.
@@ -108,6 +112,9 @@ impl Scene<'_> {
             if links.up | via.up == 0 && links.known | via.known != 0 && self.targets.probing {
                 alarms.insert(Alarm::NoWay(*member));
             }
+            if decided.mtu != 0 && decided.mtu < IPV6_LEAST {
+                alarms.insert(Alarm::Narrow(*member));
+            }
             if links.up != 0 && decided.links != 0 {
                 claim(&mut answer.members, *member);
             }
@@ -155,7 +162,9 @@ impl Scene<'_> {
             let target = if links != 0 { Target::Remote(member, slot) } else { Target::Own(slot) };
             self.watched.get(&target).map(|watched| watched.mtu())
         });
-        Reach { via, links, mtu: sizes.min().unwrap_or(0), zero: 0 }
+        // By whichever gateway it goes, it goes through a tunnel: what that one carries, the gateway itself sees to.
+        let mtu = sizes.min().map_or(0, |mtu| mtu.min(self.targets.tunnel_mtu));
+        Reach { via, links, mtu, zero: 0 }
     }
 
     /// The candidates for `links` and for `via`.

@@ -1087,6 +1087,19 @@ proptest! {
         }
     }
 
+    /// Down to what each family asks of every link, and never more than the devices carry.
+    #[test]
+    fn a_route_is_as_wide_as_the_way(found in 0..4000u16) {
+        let mesh = "mn 1 gw0@203.0.113.1:27473 10.42.0.0/16 fd00:42::/48\nva 2 gw0 10.44.0.0/16 fd00:44::/48";
+        let mtus = [("va".parse().expect("a label"), found)].into();
+        let (state, _) = plan(&intent(mesh), &Facts { mtus, ..facts() });
+        for (range, least) in [("10.44.0.0/16", 576), ("fd00:44::/48", 1280)] {
+            let route = &state.routes[&(Table::Remote, range.parse().expect("a range"))];
+            let is = matches!(route, Route::Hop { mtu: Some(mtu), .. } if *mtu == u32::from(found.clamp(least, 1420)));
+            prop_assert!(is, "{range}: {route:?}");
+        }
+    }
+
     #[test]
     fn sources_are_kept_only_where_both_sides_offer(mesh in any_mesh()) {
         let intent = intent(&mesh);

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnetwork::IpNetwork;
 
-use super::{Here, Longest, MIN_MTU};
+use super::{Here, Longest, MIN_MTU, MIN_MTU_V4};
 use crate::{
     intent::Member,
     names::{Device, MemberName, Table},
@@ -22,11 +22,12 @@ pub(super) fn add(state: &mut State, here: Here<'_>, maps: &Maps) {
         if member.gateways.is_empty() || !(elsewhere || has_peer(state, member)) {
             continue;
         }
-        let mtu = here.facts.mtus.get(name).map_or(here.mtu(), |mtu| (*mtu).min(here.mtu()).max(MIN_MTU));
+        let mtu = here.facts.mtus.get(name).map_or(here.mtu(), |mtu| (*mtu).min(here.mtu()));
         let sources = Family::ALL.map(|family| source(here, name, family, &local));
         for prefix in member.offered_to(&here.intent.me) {
             let [v4, v6] = sources;
-            let route = Route::Hop { mtu: Some(mtu.into()), source: if prefix.is_ipv4() { v4 } else { v6 } };
+            let (least, source) = if prefix.is_ipv4() { (MIN_MTU_V4, v4) } else { (MIN_MTU, v6) };
+            let route = Route::Hop { mtu: Some(mtu.max(least).into()), source };
             state.routes.insert((Table::Remote, prefix), route);
         }
     }

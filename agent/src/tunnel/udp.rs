@@ -1,11 +1,18 @@
 //! The UDP side: one socket per device for both families, with segmentation on the way out (`UDP_SEGMENT`) and
 //! coalescing on the way in (`UDP_GRO`), so that a system call carries up to 64 KiB.
+//!
+//! Invariant: what carries more than the 1280 bytes that IPv6 asks of every link is never fragmented, so that a path too
+//! narrow for it shows: by default Linux fragments what is segmented and nothing else, and a probe and a stream would meet
+//! two different paths. What carries less may be fragmented, as RFC 8200 §5 asks of a link below IPv6.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd, AsRawFd},
-    sync::atomic::{AtomicBool, Ordering},
+    os::fd::{AsFd, AsRawFd, RawFd},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use bytes::BytesMut;
@@ -31,6 +38,13 @@ const MAX_READ: usize = 65_535;
 /// What one round of reads may fill, bytes: three full reads, or over a hundred single packets.
 const ARENA: usize = 4 * MAX_READ;
 
+/// WireGuard's header and authenticator, bytes.
+const SEALED: usize = 16 + 16;
+/// Sealed packets of at most so many bytes are taken to pass anywhere whole: nothing is set for them alone.
+const SMALL: usize = 576 + SEALED;
+/// A sealed packet of more bytes is never fragmented.
+const MOST_IN_PIECES: usize = 1280 + SEALED;
+
 /// Where a peer is, and which of our addresses it knows: an answer from another one would not pass the peer's NAT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Endpoint {
@@ -52,6 +66,8 @@ pub(super) struct Socket {
     family: AddressFamily,
     /// Cleared for good where the route's device cannot checksum, so that the kernel refuses to segment.
     segmentation: AtomicBool,
+    /// Whether the socket now forbids to fragment IPv4 and IPv6 datagrams. Held while one is sent.
+    whole: Mutex<[bool; 2]>,
 }
 
 impl Socket {
@@ -64,7 +80,12 @@ impl Socket {
             bound => (bound?, AddressFamily::Inet6),
         };
         socket.set_nonblocking(true)?;
-        Ok(Socket { inner: UdpSocket::from_std(socket)?, family, segmentation: AtomicBool::new(true) })
+        forbid_fragments(socket.as_raw_fd(), false, true)?;
+        if family == AddressFamily::Inet6 {
+            forbid_fragments(socket.as_raw_fd(), true, true)?;
+        }
+        let inner = UdpSocket::from_std(socket)?;
+        Ok(Socket { inner, family, segmentation: AtomicBool::new(true), whole: Mutex::new([true; 2]) })
     }
 
     /// Datagrams that the kernel dropped because this socket was full (`SK_MEMINFO_DROPS`).
@@ -141,6 +162,8 @@ impl Socket {
     async fn send_from(&self, run: &[(Packet, Endpoint)], segment: usize, to: Endpoint) -> io::Result<()> {
         let parts: Vec<IoSlice<'_>> = run.iter().map(|(packet, _)| IoSlice::new(packet)).collect();
         let address = SockaddrStorage::from(to.peer);
+        // The last of a run goes as the first.
+        let whole = (segment > SMALL).then_some(segment > MOST_IN_PIECES);
         let segment = segment as u16;
         let (mut v4, mut v6) = (None, None);
         match to.local {
@@ -162,7 +185,15 @@ impl Socket {
         let v6 = v6.as_ref().map(ControlMessage::Ipv6PacketInfo);
         let control: Vec<_> = [segmented, v4, v6].into_iter().flatten().collect();
         let fd = self.inner.as_raw_fd();
-        let send = || Ok(sendmsg(fd, &parts, &control, MsgFlags::MSG_DONTWAIT, Some(&address))?);
+        let send = || {
+            let mut set = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+            let set = &mut set[usize::from(to.peer.is_ipv6())];
+            if let Some(whole) = whole.filter(|whole| whole != set) {
+                forbid_fragments(fd, to.peer.is_ipv6(), whole)?;
+                *set = whole;
+            }
+            Ok(sendmsg(fd, &parts, &control, MsgFlags::MSG_DONTWAIT, Some(&address))?)
+        };
         self.inner.async_io(Interest::WRITABLE, send).await.map(drop)
     }
 
@@ -216,6 +247,21 @@ fn bind_any(port: u16, family: AddressFamily) -> nix::Result<std::net::UdpSocket
         socket::bind(fd.as_fd().as_raw_fd(), &SockaddrIn::from(any))?;
     }
     Ok(fd.into())
+}
+
+/// Forbids it to everybody on the way, and believes no ICMP message about the path (ip(7), `IP_PMTUDISC_PROBE`); or allows
+/// it.
+fn forbid_fragments(fd: RawFd, v6: bool, forbid: bool) -> io::Result<()> {
+    let (level, option, value) = match (v6, forbid) {
+        (false, true) => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE),
+        (false, false) => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT),
+        (true, true) => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE),
+        (true, false) => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT),
+    };
+    let len = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the kernel reads an int at `value`, which lives across the call.
+    let rc = unsafe { libc::setsockopt(fd, level, option, (&raw const value).cast(), len) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Memory for one round of reads. Packets are cut from it without a copy; once they are dropped it is used again.
@@ -304,4 +350,34 @@ fn to_std(address: &SockaddrStorage) -> Option<SocketAddr> {
         v6.set_ip(ip.to_canonical());
     }
     Some(v6)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::kernel::tests::{in_netns, sh};
+
+    /// Neither alone nor in a run, whatever was sent before; needs root.
+    #[test]
+    fn what_is_longer_than_ipv6_needs_never_goes_in_pieces() {
+        const LAST: usize = 1;
+        let lengths = [100, 1312, 1313, 609, 1400, 608, 1312, 1312, 1300, 1313, 1313, 1400, 1400, 700, LAST];
+        let heard: Vec<usize> = lengths.into_iter().filter(|len| *len <= 1312).collect();
+        in_netns(|| async {
+            sh("ip link set lo mtu 1280");
+            for ip in ["127.0.0.1", "::1"] {
+                let to = UdpSocket::bind((ip, 0)).await.unwrap();
+                let at = Endpoint::from(to.local_addr().unwrap());
+                let packet = |len| (Packet::from_bytes(BytesMut::zeroed(len)), at);
+                let mut packets: Vec<_> = lengths.map(packet).into();
+                Socket::bind(0).unwrap().send(&mut packets).await;
+                let mut received = Vec::new();
+                while received.last() != Some(&LAST) {
+                    received.push(to.recv(&mut [0; 2000]).await.unwrap());
+                }
+                assert_eq!(received, heard, "{ip}");
+            }
+        });
+    }
 }

@@ -145,7 +145,7 @@ fn a_narrow_underlay_is_silent() {
         ensure!(passes(1500)? == [true, true]);
         for member in ["mn", "va"] {
             for bytes in [1400, 1280] {
-                let narrow = lab.limit_mtu(member, bytes)?;
+                let narrow = lab.limit_mtu(member, bytes, true)?;
                 ensure!(passes(bytes.into())? == [true, true], "{member}, {bytes}: what fits passes");
                 ensure!(
                     passes(usize::from(bytes) + 1)? == [false, false],
