@@ -18,8 +18,8 @@ use crate::{
     names::{Device, Interface, MemberId, Ordinal, Table},
     reconcile::{Kernel, Reading},
     state::{
-        Attachment, Config, Entry, Family, Home, Hop, Key, Link, Maps, Nft, Node, Op, Peer, Program, Remote, Route,
-        Lookups, Rule, State, WireGuard,
+        Attachment, Config, Entry, Family, Home, Hop, Key, Link, Lookups, Maps, Nft, Node, Op, Peer, Program, Remote,
+        Route, Rule, State, WireGuard,
     },
 };
 
@@ -228,7 +228,11 @@ fn nft() -> impl Strategy<Value = Nft> {
 fn rules() -> impl Strategy<Value = BTreeMap<Rule, Lookups>> {
     let rule = (sample::select(Family::ALL.to_vec()), sample::select(Table::ALL.to_vec()));
     let lookups = [Lookups::All, Lookups::Forwarded, Lookups::NotBoundTo(NATIVE[0].to_owned())];
-    collection::btree_map(rule.prop_map(|(family, table)| Rule { family, table }), sample::select(lookups.to_vec()), 0..=4)
+    collection::btree_map(
+        rule.prop_map(|(family, table)| Rule { family, table }),
+        sample::select(lookups.to_vec()),
+        0..=4,
+    )
 }
 
 fn route() -> impl Strategy<Value = Route> {

@@ -273,7 +273,6 @@ impl Rule {
             Table::Closed => 12,
         }
     }
-
 }
 
 /// Which lookups a rule is for.

@@ -248,7 +248,7 @@ impl Cluster {
             if member.cni == Cni::SkipFib && member.families == Families::V6Underlay {
                 // What leaves natively needs a next hop, be it of the other family.
                 let [_, router] = site.gateway;
-                host.ip(&format!("route add default via inet6 {} dev eth0", router.ip()))?;
+                host.ip(&format!("route add 0.0.0.0/0 via inet6 {} dev eth0", router.ip()))?;
             }
             nodes.push(Node::build(guard, member, n, host, &addresses, cable_end)?);
         }

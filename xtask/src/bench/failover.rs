@@ -55,6 +55,9 @@ pub struct Args {
     /// How many agents are ended and started again.
     #[arg(long, default_value_t = 10)]
     restarts: usize,
+    /// Network plugin of both members: bridge, host-routing, skip-fib, fabric or strict. The page of results is of the bridge.
+    #[arg(long, default_value = "bridge")]
+    cni: Cni,
     /// Forgets the events so far.
     #[arg(long)]
     fresh: bool,
@@ -70,10 +73,10 @@ impl Args {
 
 /// Lets the events that are still wanted happen, and prints what all did; true if every budget holds.
 pub fn run(args: &Args, carrick: &Path) -> Result<bool> {
-    let mut file = LogFile::open(Subject::of(carrick)?, args.fresh)?;
+    let mut file = LogFile::open(args.cni, Subject::of(carrick)?, args.fresh)?;
     let wanted = args.wanted();
     if file.log.next(&wanted).is_some() {
-        let bench = Bench::new(carrick)?;
+        let bench = Bench::new(args.cni, carrick)?;
         while let Some((kind, number)) = file.log.next(&wanted) {
             check_interrupted()?;
             let event = bench.event(kind, number).inspect_err(|_| bench.joined.lab.show_logs());
@@ -140,9 +143,9 @@ fn pair(number: usize) -> [usize; 2] {
 }
 
 impl Bench {
-    fn new(carrick: &Path) -> Result<Bench> {
+    fn new(cni: Cni, carrick: &Path) -> Result<Bench> {
         eprintln!("two members of three nodes, two gateways each ...");
-        let mut joined = Joined::new("failover", &Member::pair_of_three(Cni::Bridge), carrick)?;
+        let mut joined = Joined::new("failover", &Member::pair_of_three(cni), carrick)?;
         let guard = joined.lab.guard().clone();
         for cluster in &mut joined.lab.clusters {
             let worker = cluster.nodes.last_mut().context("a member has nodes")?;

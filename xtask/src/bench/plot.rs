@@ -7,6 +7,7 @@ mod svg;
 use std::{fs, path::Path};
 
 use anyhow::{Context, Result};
+use lab::Cni;
 
 use self::svg::{Bar, Line, Panel};
 use super::{
@@ -31,7 +32,7 @@ pub struct Args {
 
 /// True: what was not measured yet is an error.
 pub fn run(args: &Args) -> Result<bool> {
-    let (datapath, failover) = (saved::read_datapath()?, Log::read()?);
+    let (datapath, failover) = (saved::read_datapath()?, Log::read(Cni::Bridge)?);
     let page = page(&datapath, &failover);
     if !args.write {
         print!("{page}");

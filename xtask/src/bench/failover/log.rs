@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use lab::Cni;
 use serde::{Deserialize, Serialize};
 
 use crate::bench::{
@@ -94,8 +95,6 @@ pub struct LogFile {
     file: File,
 }
 
-const FILE: &str = "failover.jsonl";
-
 impl Subject {
     pub fn of(carrick: &Path) -> Result<Subject> {
         let binary = fs::read(carrick).with_context(|| carrick.display().to_string())?;
@@ -126,8 +125,9 @@ impl Log {
         Ok(text)
     }
 
-    pub fn read() -> Result<Log> {
-        let path = saved::path(FILE)?;
+    /// What is kept of runs under that network plugin.
+    pub fn read(cni: Cni) -> Result<Log> {
+        let path = path(cni)?;
         let shown = path.display();
         let text = fs::read_to_string(&path).with_context(|| format!("{shown}: run `cargo xtask bench failover`"))?;
         Log::parse(&text).with_context(|| format!("{shown}: run `cargo xtask bench failover --fresh`"))
@@ -182,16 +182,20 @@ impl Log {
     }
 }
 
+fn path(cni: Cni) -> Result<PathBuf> {
+    saved::path(&format!("failover-{}.jsonl", cni.word()))
+}
+
 fn line(value: &impl Serialize) -> Result<String> {
     Ok(serde_json::to_string(value)? + "\n")
 }
 
 impl LogFile {
     /// Goes on where the last run stopped. What another build, kernel or machine did is not mixed in: that needs `fresh`.
-    pub fn open(subject: Subject, fresh: bool) -> Result<LogFile> {
-        let path = saved::path(FILE)?;
-        let log =
-            if fresh || !path.exists() { Log { subject, events: Vec::new() } } else { known(subject, Log::read()?)? };
+    pub fn open(cni: Cni, subject: Subject, fresh: bool) -> Result<LogFile> {
+        let path = path(cni)?;
+        let begun = !fresh && path.exists();
+        let log = if begun { known(subject, Log::read(cni)?)? } else { Log { subject, events: Vec::new() } };
         // Whole lines alone, in one step.
         let new = path.with_extension("new");
         fs::write(&new, log.text()?).with_context(|| format!("write {}", new.display()))?;
