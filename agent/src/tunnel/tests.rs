@@ -408,7 +408,7 @@ fn a_new_link_is_down_and_bare() {
     let a = Node::with_tunnel(1);
     a.with_client(async |client| client.set_device(WG0, PORT, &a.key).await).unwrap();
     let link = a.ip("-o link show carrick-wg0");
-    assert!(!link.contains("UP"), "{link}");
+    assert!(!link.contains("UP") && link.contains("qlen 4096"), "{link}");
     assert_eq!(a.ip("-o addr show dev carrick-wg0"), "");
     // One socket, bound at once, for both families.
     let taken = a.run(async { UdpSocket::bind(("0.0.0.0", PORT)).await.map(drop) }).unwrap_err();

@@ -13,6 +13,10 @@ use crate::names::Device;
 
 nix::ioctl_write_int!(tun_set_persist, b'T', 203);
 
+/// Packets that wait while this process waits for a processor. The kernel's 500 are half a second of 1000 packets a second,
+/// and what comes beyond is lost.
+const QUEUE: u32 = 4096;
+
 /// Refuses a node without `/dev/net/tun`: tun-rs would make one, on the host's /dev if that is what is mounted.
 pub(super) fn check_node(node: &Path) -> Result<(), TunnelError> {
     match std::fs::metadata(node) {
@@ -26,6 +30,7 @@ pub(super) fn check_node(node: &Path) -> Result<(), TunnelError> {
 /// Makes the link, down, or takes the one that an earlier process left. It outlives this process.
 pub(super) fn open(device: Device) -> io::Result<AsyncDevice> {
     let tun = DeviceBuilder::new().name(device.to_string()).offload(true).inherit_enable_state().build_async()?;
+    tun.set_tx_queue_len(QUEUE)?;
     tun.persist()?;
     Ok(tun)
 }
