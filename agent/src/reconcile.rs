@@ -6,7 +6,11 @@
 //! waits for the nft table: without it masqueraded packets are refused by `steer`, and forged ones by `from_hop`. The
 //! next pass, which is the same whole pass again, catches up.
 
-use std::{collections::BTreeMap, fmt, io, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, io,
+    time::SystemTime,
+};
 
 use crate::{
     diff::diff,
@@ -89,17 +93,30 @@ pub struct ReadError {
     pub source: io::Error,
 }
 
+impl ReadError {
+    /// Nobody runs WireGuard here, which is a reading too.
+    fn is_absent_tunnel(&self) -> bool {
+        let kind = self.source.kind();
+        self.layer == Layer::WireGuard && matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+    }
+}
+
 impl Reading {
     /// Where no WireGuard is wanted, it is no trouble that nobody runs one.
     pub fn excuse_absent_tunnel(&mut self, desired: &State) {
-        let absent = |error: &ReadError| {
-            let kind = error.source.kind();
-            error.layer == Layer::WireGuard
-                && matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
-        };
         if desired.wireguard.is_empty() {
-            self.failed.retain(|error| !absent(error));
+            self.failed.retain(|error| !error.is_absent_tunnel());
         }
+    }
+
+    /// The wanted pairs that have no session, as far as it can be known: none of their packets can pass.
+    pub fn severed(&self, desired: &State) -> BTreeSet<(Device, PublicKey)> {
+        let unread = |error: &ReadError| error.layer == Layer::WireGuard && !error.is_absent_tunnel();
+        if self.failed.iter().any(unread) {
+            return BTreeSet::new();
+        }
+        let met = |pair| self.pairs.get(pair).is_some_and(|pair: &Pair| pair.last_handshake.is_some());
+        desired.peers.keys().filter(|pair| !met(*pair)).copied().collect()
     }
 }
 
