@@ -112,11 +112,14 @@ const WORKER: (&str, usize) = ("va", 2);
 const GATEWAY: (&str, usize) = ("mn", 1);
 const BOTH: &[(&str, usize)] = &[WORKER, GATEWAY];
 
-/// Costs no packet: connections keep their mapping, gateways forward past the stack, and where a route or rule is
-/// missing `steer_native` catches what leaves by a native device.
+const ROUTES: &str =
+    "for family in 4 6; do ip -$family route flush table 7473; ip -$family route flush table 7474; done";
+const RULES: &str = "for family in 4 6; do ip -$family rule del priority 11; ip -$family rule del priority 12; done";
+
+/// Costs no packet: connections keep their mapping, and gateways forward past the stack.
 const FREE: &[(&str, &[(&str, usize)])] = &[
-    ("for family in 4 6; do ip -$family route flush table 7473; ip -$family route flush table 7474; done", BOTH),
-    ("for family in 4 6; do ip -$family rule del priority 11; ip -$family rule del priority 12; done", BOTH),
+    (ROUTES, &[GATEWAY]),
+    (RULES, &[GATEWAY]),
     ("lab=$(nft -s list table inet flannel); nft flush ruleset; echo \"$lab\" | nft -f -", BOTH),
     ("conntrack -F", BOTH),
     ("for file in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 1 > $file; done", BOTH),
@@ -124,6 +127,8 @@ const FREE: &[(&str, &[(&str, usize)])] = &[
 
 /// Costs what passes until it is repaired, or gone around.
 const DEAR: &[(&str, &[(&str, usize)])] = &[
+    (ROUTES, &[WORKER]),
+    (RULES, &[WORKER]),
     ("for family in 4 6; do ip -$family rule flush; ip -$family rule add lookup main priority 32766; done", BOTH),
     ("ip link del carrick-hop", BOTH),
     ("ip link del carrick-wg1", &[GATEWAY]),

@@ -154,6 +154,8 @@ impl Pulse {
         match self.life {
             Life::Up => {}
             Life::New => self.turn(Life::Up, now),
+            // A tunnel that hung answers all that waited in it at once, and still has more waiting.
+            Life::Down if ask.fate == Fate::Lost => {}
             Life::Down => {
                 if self.good == 0 {
                     self.good_since = now;

@@ -3,6 +3,8 @@
 use std::{
     net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6},
     os::fd::{AsFd, AsRawFd},
+    thread::sleep,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
@@ -87,6 +89,8 @@ pub fn send_out_of(host: &Host, device: &str, packet: &[u8], times: u64) -> Resu
         let index = if_nametoindex(device).context(device.to_owned())?;
         for _ in 0..times {
             sys::send_packet(socket.as_fd(), index, ether_type(packet), packet).context("send")?;
+            // What arrives at once is merged into one.
+            sleep(Duration::from_millis(2));
         }
         Ok(())
     })
