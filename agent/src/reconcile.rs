@@ -286,6 +286,31 @@ mod tests {
             prop_assert_eq!(model.applied.len() + 1, ops.iter().filter(|op| !op.is_break()).count());
         }
 
+        /// A tunnel that is gone has no session; of one that hangs nothing is known.
+        #[test]
+        fn a_pair_without_a_session_is_severed(desired in any_desired(), met in any::<Index>(), kind in select(vec![
+            None, Some(io::ErrorKind::NotFound), Some(io::ErrorKind::ConnectionRefused), Some(io::ErrorKind::TimedOut),
+        ])) {
+            let mut reading = Reading::default();
+            let all: BTreeSet<_> = desired.peers.keys().copied().collect();
+            let mut expected = all.clone();
+            match kind {
+                None if !all.is_empty() => {
+                    let pair = *all.iter().nth(met.index(all.len())).unwrap();
+                    let met = Pair { last_handshake: Some(SystemTime::UNIX_EPOCH), ..Pair::default() };
+                    reading.pairs = all.iter().map(|pair| (*pair, Pair::default())).collect();
+                    reading.pairs.insert(pair, met);
+                    expected.remove(&pair);
+                }
+                None => {}
+                Some(kind) => reading.failed.push(ReadError { layer: Layer::WireGuard, source: kind.into() }),
+            }
+            if kind == Some(io::ErrorKind::TimedOut) {
+                expected.clear();
+            }
+            prop_assert_eq!(reading.severed(&desired), expected);
+        }
+
         #[test]
         fn a_layer_that_cannot_be_read_is_not_written(
             desired in any_desired(),

@@ -94,11 +94,8 @@ fn kill(meshed: &mut Meshed<'_>, member: &str, number: usize, agent: bool) -> Re
 fn start(meshed: &mut Meshed<'_>, member: &str, number: usize, agent: bool) -> Result<()> {
     let node = meshed.node(member, number)?;
     let tunnel = meshed.carrick.start_tunnel(node)?;
-    let agent = if agent {
-        Some(meshed.carrick.start_agent(meshed.lab.member_of(node)?, node, &meshed.mesh)?)
-    } else {
-        None
-    };
+    let agent =
+        if agent { Some(meshed.carrick.start_agent(meshed.lab.member_of(node)?, node, &meshed.mesh)?) } else { None };
     let running = meshed.running.get_mut(&format!("{member}-{number}")).context("it runs")?;
     running.tunnel = Some(tunnel);
     if let Some(agent) = agent {
@@ -259,7 +256,9 @@ fn a_storm_of_route_events_costs_nothing() {
         let (flows, stream) = meshed.traffic()?;
         let before = resident(agent)?;
         let routes = |what: &str| -> String {
-            (0..50_000).map(|n| format!("route {what} 100.{}.{}.0/24 dev eth0 table 9999\n", 64 + n / 256 % 64, n % 256)).collect()
+            (0..50_000)
+                .map(|n| format!("route {what} 100.{}.{}.0/24 dev eth0 table 9999\n", 64 + n / 256 % 64, n % 256))
+                .collect()
         };
         for _ in 0..3 {
             // There are 16384 different ones.

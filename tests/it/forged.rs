@@ -182,13 +182,31 @@ fn a_peer_sends_to_what_it_was_not_offered(meshed: &mut Meshed<'_>) -> Result<()
     let (pod6, far6) = (pod.addresses[1], far.addresses[1]);
     let cases = [
         ("a node port", to(pod.ip(), 9), to(victim.addresses[0], 30080), b"forged".to_vec(), "not_offered"),
-        ("a range that is not offered", to(pod.ip(), 9), to("10.99.0.1".parse::<IpAddr>()?, 80), vec![1], "not_offered"),
+        (
+            "a range that is not offered",
+            to(pod.ip(), 9),
+            to("10.99.0.1".parse::<IpAddr>()?, 80),
+            vec![1],
+            "not_offered",
+        ),
         ("a pod that is nowhere", to(pod.ip(), 9), to("10.44.77.7".parse::<IpAddr>()?, 80), vec![1], "no_home"),
         ("a pod's to an overlay address", to(pod6, 9), to(overlays[1], 53), vec![1], "not_for_overlay"),
         ("an overlay address's to a pod", to(overlays[0], 9), to(far6, 80), vec![1], "not_for_overlay"),
         ("DNS to an overlay address", to(overlays[0], 9), to(overlays[1], 53), vec![1], "not_for_overlay"),
-        ("a probe to another slot", to(overlays[0], PROBE_PORT), to(slot(2, 1)?, PROBE_PORT), answer(b"CRK1"), "not_for_overlay"),
-        ("a probe of another kind", to(overlays[0], PROBE_PORT), to(overlays[1], PROBE_PORT), answer(b"CRK9"), "malformed_probe"),
+        (
+            "a probe to another slot",
+            to(overlays[0], PROBE_PORT),
+            to(slot(2, 1)?, PROBE_PORT),
+            answer(b"CRK1"),
+            "not_for_overlay",
+        ),
+        (
+            "a probe of another kind",
+            to(overlays[0], PROBE_PORT),
+            to(overlays[1], PROBE_PORT),
+            answer(b"CRK9"),
+            "malformed_probe",
+        ),
     ];
     for (what, from, target, payload, reason) in cases {
         meshed.counted(what, &[victim], reason, || {

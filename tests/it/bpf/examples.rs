@@ -184,10 +184,7 @@ fn steer() {
     table.node("a worker", &worker(), ways_out());
     let mut alone = World { probed: false, ..gateway() };
     alone.health.insert(4, Reach { via: 0, links: 0b10, mtu: 1380, zero: 0 });
-    let rows = vec![
-        row("what others reach, too", POD, FAR),
-        row("what nobody else reaches", POD, "10.46.7.3"),
-    ];
+    let rows = vec![row("what others reach, too", POD, FAR), row("what nobody else reaches", POD, "10.46.7.3")];
     table.node("a gateway whose prober is away", &alone, rows);
     table.is(expect![[r#"
         a gateway

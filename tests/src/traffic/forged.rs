@@ -10,9 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use nix::{
     net::if_::if_nametoindex,
-    sys::socket::{
-        AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6, sendto, socket,
-    },
+    sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6, sendto, socket},
 };
 
 use crate::{Host, sys};
@@ -67,7 +65,8 @@ pub fn vxlan(vni: u32, destination: [u8; 6], packet: &[u8]) -> Vec<u8> {
 pub fn send(host: &Host, packet: &[u8], times: u64) -> Result<()> {
     host.run(|| {
         let family = if is_v4(packet) { AddressFamily::Inet } else { AddressFamily::Inet6 };
-        let socket = socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw).context("a raw socket")?;
+        let socket =
+            socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw).context("a raw socket")?;
         for _ in 0..times {
             let (fd, flags) = (socket.as_raw_fd(), MsgFlags::empty());
             match destination(packet)? {
