@@ -3,8 +3,6 @@
 use std::{
     net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6},
     os::fd::{AsFd, AsRawFd},
-    thread::sleep,
-    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
@@ -86,10 +84,13 @@ pub fn send_out_of(host: &Host, device: &str, packet: &[u8], times: u64) -> Resu
         let socket = socket(AddressFamily::Packet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None::<SockProtocol>)
             .context("a packet socket")?;
         let index = if_nametoindex(device).context(device.to_owned())?;
-        for _ in 0..times {
-            sys::send_packet(socket.as_fd(), index, ether_type(packet), packet).context("send")?;
-            // What arrives at once is merged into one.
-            sleep(Duration::from_millis(2));
+        let mut packet = packet.to_vec();
+        for n in 0..times {
+            if !is_v4(&packet) {
+                // Packets of one hop limit could be merged on the way.
+                packet[7] = 64 - (n % 32) as u8;
+            }
+            sys::send_packet(socket.as_fd(), index, ether_type(&packet), &packet).context("send")?;
         }
         Ok(())
     })
