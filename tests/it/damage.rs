@@ -187,7 +187,10 @@ fn foreign_programs_take_nothing_away() {
                 meshed.goes_on(&flows, &stream)?;
                 let what = format!("a program that keeps all from ours at {link} of {member}-{number}");
                 let reports = stop(&what, flows, stream)?;
-                ensure!(link == "eth0" || (member, number) != (&WORKER.0, &WORKER.1) || lost(&reports) > 0, "{what}: it kept nothing");
+                ensure!(
+                    link == "eth0" || (member, number) != (&WORKER.0, &WORKER.1) || lost(&reports) > 0,
+                    "{what}: it kept nothing"
+                );
             }
             meshed.connected()?;
         }

@@ -183,7 +183,7 @@ fn steer() {
     table.node("a gateway", &gateway(), rows);
     table.node("a worker", &worker(), ways_out());
     let mut alone = World { probed: false, ..gateway() };
-    alone.health.insert(4, Reach { via: 0, links: 0b10, mtu: 1380, zero: 0 });
+    alone.health.insert(4095, Reach { via: 0, links: 0b10, mtu: 1380, zero: 0 });
     let rows = vec![row("what others reach, too", POD, FAR), row("what nobody else reaches", POD, "10.46.7.3")];
     table.node("a gateway whose prober is away", &alone, rows);
     table.is(expect![[r#"
@@ -224,6 +224,9 @@ fn steer() {
           segments that do not               2001:db8:42::2 > 2001:db8:44::5: to the stack by carrick-hop, ICMP "too big" about it
           an endpoint carved out of it       10.42.0.2 > 10.44.9.9: dropped, not_remote
           our own WireGuard's                192.0.2.10 > 10.44.0.5: dropped, loop
+        a gateway whose prober is away
+          what others reach, too             10.42.0.2 > 10.44.0.5: by the hop to 192.0.2.11
+          what nobody else reaches           10.42.0.2 > 10.46.7.3: by carrick-wg1
     "#]]);
 }
 
