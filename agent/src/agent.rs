@@ -254,7 +254,7 @@ impl Agent {
     }
 
     /// Puts the prober on the maps of now, and tells it whom to probe.
-    fn probe(&mut self, intent: &Intent, desired: &State) -> io::Result<()> {
+    fn probe(&mut self, intent: &Intent, desired: &State, reading: &Reading) -> io::Result<()> {
         let generation = self.kernel.health_generation()?;
         if !self.probing.works_on(generation) {
             self.kernel.forget_known()?;
@@ -262,7 +262,8 @@ impl Agent {
             self.probing.work_on(maps);
         }
         let overlay = Overlay::new(&self.args.mesh_domain);
-        self.probing.want(prober::wanted(intent, overlay, desired, self.drain));
+        let severed = reading.severed(desired);
+        self.probing.want(prober::wanted(intent, overlay, desired, &severed, self.drain));
         Ok(())
     }
 
@@ -300,7 +301,7 @@ impl Agent {
         let survey = survey(&view, &self.keys, found, &self.args, clock);
         reading.excuse_absent_tunnel(&survey.desired);
         let outcome = reconcile(&survey.desired, survey.complete, &reading, &mut self.kernel).await;
-        let probing = self.probe(&view.intent, &survey.desired);
+        let probing = self.probe(&view.intent, &survey.desired, &reading);
         self.schedule(cause, &survey, &reading, &outcome);
         for op in &outcome.applied {
             info!("{op}");
@@ -390,6 +391,7 @@ impl Agent {
             members,
             sent,
             drops,
+            forged_answers: self.report.as_ref().map_or(0, |report| report.forged),
             peers,
             routes: routes(view),
             rejections: view.rejected.iter().chain(&survey.rejected).map(ToString::to_string).collect(),

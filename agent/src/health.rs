@@ -62,6 +62,8 @@ pub struct Targets {
     pub own: BTreeMap<Ordinal, Ipv6Addr>,
     /// Every other member, with its slots by overlay address.
     pub members: BTreeMap<MemberId, BTreeMap<Ordinal, Ipv6Addr>>,
+    /// Slots of other members that WireGuard has no session with, and so no way to.
+    pub severed: BTreeSet<(MemberId, Ordinal)>,
     /// Bytes of an inner packet that the hop's device carries.
     pub hop_mtu: u16,
     /// Bytes of an inner packet that the WireGuard devices carry; on a worker, that those of its gateways should.
@@ -174,6 +176,7 @@ impl Health {
             probing: true,
             own: BTreeMap::new(),
             members: BTreeMap::new(),
+            severed: BTreeSet::new(),
             hop_mtu: 0,
             tunnel_mtu: 0,
         };
@@ -195,12 +198,13 @@ impl Health {
     }
 
     /// Takes over what the plan says. Whom it no longer names is forgotten; whom it newly names is in no set before the
-    /// first answer, unless it was adopted.
+    /// first answer, unless it was adopted. What is newly severed is out at once.
     pub fn targets(&mut self, now: Duration, targets: &Targets) {
         self.catch_up(now);
         if *targets == self.targets {
             return;
         }
+        let severed: Vec<_> = targets.severed.difference(&self.targets.severed).copied().collect();
         self.targets = targets.clone();
         let own = targets.own.iter().map(|(slot, address)| (Target::Own(*slot), *address));
         let remote = targets.members.iter().filter(|_| targets.gateway).flat_map(|(member, slots)| {
@@ -222,6 +226,12 @@ impl Health {
                 let due = now + GRAIN * u32::try_from(at % 40).unwrap_or_default();
                 let watched = self.adopt(now, target, address, limit, due);
                 self.watched.insert(target, watched);
+            }
+        }
+        for (member, slot) in severed {
+            if let Some(watched) = self.watched.get_mut(&Target::Remote(member, slot)) {
+                watched.pulse.cut(now);
+                watched.size.void();
             }
         }
         for member in targets.members.keys() {

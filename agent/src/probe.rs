@@ -32,6 +32,8 @@ use crate::{
 const LOOK: Duration = Duration::from_secs(1);
 /// Between two attempts at what failed.
 const RETRY: Duration = Duration::from_secs(1);
+/// Between two times that the prober stands by what it wrote: six fit into [`ebpf::CLAIM_NS`].
+const STAND_BY: Duration = Duration::from_millis(300);
 /// Between two readings of the maps, which somebody else may have emptied.
 const RESYNC: Duration = Duration::from_secs(30);
 /// Answers taken in one step, so that a flood cannot keep the prober from its own asks.
@@ -50,6 +52,9 @@ pub trait HealthMaps {
     fn write_reach(&mut self, member: MemberId, reach: Reach) -> io::Result<()>;
 
     fn write_answer(&mut self, answer: &Answer) -> io::Result<()>;
+
+    /// What was written holds for [`ebpf::CLAIM_NS`] from now on.
+    fn stand_by(&mut self) -> io::Result<()>;
 
     /// How long ago a packet towards the member was last steered, by `TRAFFIC`; `None`: never.
     fn last_traffic(&self, member: MemberId) -> io::Result<Option<Duration>>;
@@ -148,6 +153,7 @@ struct Prober {
     look: Duration,
     retry: Duration,
     resync: Duration,
+    stand_by: Duration,
     random: Random,
     buffer: Vec<u8>,
     problems: BTreeMap<Effect, String>,
@@ -161,6 +167,7 @@ struct Prober {
 enum Effect {
     Read,
     Write,
+    StandBy,
     Traffic,
     Bind,
 }
@@ -179,6 +186,7 @@ impl Prober {
             look: Duration::ZERO,
             retry: Duration::ZERO,
             resync: Duration::ZERO,
+            stand_by: Duration::ZERO,
             random: Random::new()?,
             buffer: vec![0; MAX_PAYLOAD],
             problems: BTreeMap::new(),
@@ -190,7 +198,8 @@ impl Prober {
     fn next(&self) -> Duration {
         let probing = self.health.as_ref().filter(|_| self.socket.is_some()).map(Health::next);
         let retry = (!self.problems.is_empty()).then_some(self.retry);
-        let all = [probing, retry, Some(self.look)];
+        let stand_by = self.probes().then_some(self.stand_by);
+        let all = [probing, retry, stand_by, Some(self.look)];
         all.into_iter().flatten().min().unwrap_or(self.look)
     }
 
@@ -234,6 +243,16 @@ impl Prober {
         } else if retry {
             self.write(maps);
         }
+        if self.probes() && now >= self.stand_by {
+            self.stand_by = now + STAND_BY;
+            let stood_by = maps.stand_by();
+            self.note(Effect::StandBy, "cannot say that the prober runs", stood_by);
+        }
+    }
+
+    /// Whether it measures anything.
+    fn probes(&self) -> bool {
+        self.health.is_some() && self.socket.is_some()
     }
 
     /// What the maps hold. The first reading is what the prober begins with.

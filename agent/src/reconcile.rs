@@ -6,7 +6,11 @@
 //! waits for the nft table: without it masqueraded packets are refused by `steer`, and forged ones by `from_hop`. The
 //! next pass, which is the same whole pass again, catches up.
 
-use std::{collections::BTreeMap, fmt, io, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, io,
+    time::SystemTime,
+};
 
 use crate::{
     diff::diff,
@@ -89,17 +93,30 @@ pub struct ReadError {
     pub source: io::Error,
 }
 
+impl ReadError {
+    /// Nobody runs WireGuard here, which is a reading too.
+    fn is_absent_tunnel(&self) -> bool {
+        let kind = self.source.kind();
+        self.layer == Layer::WireGuard && matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+    }
+}
+
 impl Reading {
     /// Where no WireGuard is wanted, it is no trouble that nobody runs one.
     pub fn excuse_absent_tunnel(&mut self, desired: &State) {
-        let absent = |error: &ReadError| {
-            let kind = error.source.kind();
-            error.layer == Layer::WireGuard
-                && matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
-        };
         if desired.wireguard.is_empty() {
-            self.failed.retain(|error| !absent(error));
+            self.failed.retain(|error| !error.is_absent_tunnel());
         }
+    }
+
+    /// The wanted pairs that have no session, as far as it can be known: none of their packets can pass.
+    pub fn severed(&self, desired: &State) -> BTreeSet<(Device, PublicKey)> {
+        let unread = |error: &ReadError| error.layer == Layer::WireGuard && !error.is_absent_tunnel();
+        if self.failed.iter().any(unread) {
+            return BTreeSet::new();
+        }
+        let met = |pair| self.pairs.get(pair).is_some_and(|pair: &Pair| pair.last_handshake.is_some());
+        desired.peers.keys().filter(|pair| !met(*pair)).copied().collect()
     }
 }
 
@@ -267,6 +284,31 @@ mod tests {
             let mut model = Model { state, refuse: refused.into_iter().collect(), ..Model::default() };
             block_on(pass(&desired, true, &mut model));
             prop_assert_eq!(model.applied.len() + 1, ops.iter().filter(|op| !op.is_break()).count());
+        }
+
+        /// A tunnel that is gone has no session; of one that hangs nothing is known.
+        #[test]
+        fn a_pair_without_a_session_is_severed(desired in any_desired(), met in any::<Index>(), kind in select(vec![
+            None, Some(io::ErrorKind::NotFound), Some(io::ErrorKind::ConnectionRefused), Some(io::ErrorKind::TimedOut),
+        ])) {
+            let mut reading = Reading::default();
+            let all: BTreeSet<_> = desired.peers.keys().copied().collect();
+            let mut expected = all.clone();
+            match kind {
+                None if !all.is_empty() => {
+                    let pair = *all.iter().nth(met.index(all.len())).unwrap();
+                    let met = Pair { last_handshake: Some(SystemTime::UNIX_EPOCH), ..Pair::default() };
+                    reading.pairs = all.iter().map(|pair| (*pair, Pair::default())).collect();
+                    reading.pairs.insert(pair, met);
+                    expected.remove(&pair);
+                }
+                None => {}
+                Some(kind) => reading.failed.push(ReadError { layer: Layer::WireGuard, source: kind.into() }),
+            }
+            if kind == Some(io::ErrorKind::TimedOut) {
+                expected.clear();
+            }
+            prop_assert_eq!(reading.severed(&desired), expected);
         }
 
         #[test]

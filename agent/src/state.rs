@@ -164,7 +164,7 @@ impl Program {
 
     /// Whether it must come before every other program at its hook.
     pub fn must_be_first(self) -> bool {
-        self == Program::SteerNative
+        self != Program::ToPeer
     }
 }
 

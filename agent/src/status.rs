@@ -32,6 +32,8 @@ pub struct Status {
     pub routes: Vec<RouteStatus>,
     pub sent: Vec<SentStatus>,
     pub drops: Vec<DropStatus>,
+    /// Probe answers that nobody here had asked for. They change nothing.
+    pub forged_answers: u64,
     /// Claims that were left out, each with its reason.
     pub rejections: Vec<String>,
     /// Files, keys, names and kernel settings that need somebody.
@@ -189,6 +191,9 @@ impl Status {
         }
         for drop in &self.drops {
             line(&mut text, format_args!("dropped {}: {} packets", drop.reason, drop.packets));
+        }
+        if self.forged_answers > 0 {
+            line(&mut text, format_args!("forged probe answers: {}", self.forged_answers));
         }
         for (what, list) in [("refused", &self.rejections), ("problem", &self.problems), ("failed", &self.failures)] {
             for one in list {

@@ -165,7 +165,8 @@ pub struct Reach {
     pub zero: u32,
 }
 
-/// The one value of `ANSWER`: what this node's probe answers say. The prober alone writes it.
+/// The first value of `ANSWER`: what this node's probe answers say. The prober alone writes it. The second is never
+/// written: it is who is reached where nobody has measured it, see [`CLAIM_NS`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
@@ -197,6 +198,11 @@ pub mod probe {
     pub const MEMBERS: usize = 16;
     pub const LEN: usize = 528;
 }
+
+/// The one value of `PROBED` is when the prober last stood behind its word (CLOCK_MONOTONIC, nanoseconds). So long after,
+/// this gateway says that it reaches nobody, and sends its own packets by other gateways where it knows some: its
+/// tunnels may have died together with the prober. Where nobody knows better this changes nothing.
+pub const CLAIM_NS: u64 = 2_000_000_000;
 
 /// One record of the ring `WAKE`: traffic towards a member after [`IDLE_NS`] without.
 #[repr(C)]

@@ -87,6 +87,7 @@ impl Bench {
         let mut health: Array<MapData, Reach> = array(&mut object, "HEALTH")?;
         let reach = if slot == NO_SLOT { Reach { via: BOTH, ..REACH } } else { Reach { links: BOTH, ..REACH } };
         (0..=u32::from(MAX_MEMBER_ID)).try_for_each(|member| health.set(member, reach, 0))?;
+        array::<u64>(&mut object, "PROBED")?.set(0, u64::MAX, 0)?;
         let mut own: Trie<Offered> = take(&mut object, "OWN")?.try_into()?;
         own.insert(&key([10, 42, 0, 0], 16), Offered { members: [u64::MAX; 64] }, 0)?;
         let remote = take(&mut object, "REMOTE")?.try_into()?;

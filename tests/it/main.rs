@@ -1,8 +1,10 @@
 //! Everything that is tested with namespaces, programs or servers: one binary. Needs root.
 
 mod bpf;
+mod damage;
 mod endpoints;
 mod folder;
+mod forged;
 mod joined;
 mod lab;
 mod mesh;

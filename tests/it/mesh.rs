@@ -73,15 +73,15 @@ fn every_fault_in_turn(meshed: &mut Meshed<'_>) -> Result<()> {
 const TUNNELS: Traffic = Traffic::Udp(TUNNEL_PORT..=TUNNEL_PORT + DEVICES - 1);
 
 /// Every node's programs run.
-struct Meshed<'a> {
-    lab: &'a mut Lab,
-    carrick: Carrick,
-    mesh: Mesh,
+pub(crate) struct Meshed<'a> {
+    pub(crate) lab: &'a mut Lab,
+    pub(crate) carrick: Carrick,
+    pub(crate) mesh: Mesh,
     /// By node.
-    running: BTreeMap<String, Running>,
+    pub(crate) running: BTreeMap<String, Running>,
 }
 
-fn meshed(members: [Member; 2], test: impl FnOnce(&mut Meshed<'_>) -> Result<()>) {
+pub(crate) fn meshed(members: [Member; 2], test: impl FnOnce(&mut Meshed<'_>) -> Result<()>) {
     let name = format!("mesh-{}", members[0].cni.word());
     let result = Lab::with(&name, &members, |lab| {
         let carrick = carrick()?;
@@ -98,7 +98,7 @@ fn meshed(members: [Member; 2], test: impl FnOnce(&mut Meshed<'_>) -> Result<()>
 }
 
 impl Meshed<'_> {
-    fn node(&self, member: &str, number: usize) -> Result<&Node> {
+    pub(crate) fn node(&self, member: &str, number: usize) -> Result<&Node> {
         self.lab.cluster(member)?.nodes.get(number).with_context(|| format!("node {number} of {member}"))
     }
 
@@ -115,7 +115,7 @@ impl Meshed<'_> {
         self.connected()
     }
 
-    fn connected(&self) -> Result<()> {
+    pub(crate) fn connected(&self) -> Result<()> {
         for (member, node) in self.lab.nodes() {
             let other = if member.name == "mn" { "va" } else { "mn" };
             self.carrick.wait_connected(node, &[other], CONNECT_LIMIT)?;
@@ -128,7 +128,7 @@ impl Meshed<'_> {
     }
 
     /// Who does not reach whom, of the first pods of all nodes, both ways and in every family.
-    fn unreached(&self) -> Result<Vec<String>> {
+    pub(crate) fn unreached(&self) -> Result<Vec<String>> {
         let mut unreached = Vec::new();
         for (member, node) in self.lab.nodes() {
             let remote = self.lab.nodes().filter(|(other, _)| other.name != member.name);
@@ -142,7 +142,7 @@ impl Meshed<'_> {
     }
 
     /// 1 kHz UDP from a worker's pod to one of each remote node, and one stream between workers; all of them run.
-    fn traffic(&self) -> Result<(Vec<Flow>, Stream)> {
+    pub(crate) fn traffic(&self) -> Result<(Vec<Flow>, Stream)> {
         let from = &self.node("va", 2)?.pods[0];
         let flows = (0..3).map(|n| Flow::between(from, &self.node("mn", n)?.pods[0])).collect::<Result<Vec<_>>>()?;
         let stream = Stream::between(from, &self.node("mn", 2)?.pods[0])?;
@@ -151,7 +151,7 @@ impl Meshed<'_> {
     }
 
     /// Waits until each has gone on for half a second's worth.
-    fn goes_on(&self, flows: &[Flow], stream: &Stream) -> Result<()> {
+    pub(crate) fn goes_on(&self, flows: &[Flow], stream: &Stream) -> Result<()> {
         let now = || (flows.iter().map(Flow::answered).collect::<Vec<_>>(), stream.arrived());
         let (before, arrived) = now();
         wait_for("traffic to go on", CONNECT_LIMIT, || {
@@ -200,7 +200,7 @@ impl Meshed<'_> {
 }
 
 /// Ends the traffic; says what it cost.
-fn stop(what: &str, flows: Vec<Flow>, stream: Stream) -> Result<Vec<Report>> {
+pub(crate) fn stop(what: &str, flows: Vec<Flow>, stream: Stream) -> Result<Vec<Report>> {
     let reports = flows.into_iter().map(Flow::stop).collect::<Result<Vec<_>>>()?;
     let stream = stream.stop();
     for report in &reports {
@@ -211,7 +211,7 @@ fn stop(what: &str, flows: Vec<Flow>, stream: Stream) -> Result<Vec<Report>> {
     Ok(reports)
 }
 
-fn lost(reports: &[Report]) -> u64 {
+pub(crate) fn lost(reports: &[Report]) -> u64 {
     reports.iter().map(|report| report.back.lost).sum()
 }
 

@@ -165,6 +165,28 @@ fn without_a_bpf_filesystem_there_is_no_peer() {
     });
 }
 
+/// As in a container that was not given them.
+#[test]
+fn without_the_capabilities_for_programs_there_is_no_peer() {
+    prepared("no-cap-bpf", &Member::pair(), |joined| {
+        let tunnel = joined.carrick.start_tunnel(joined.node("mn")?)?;
+        let agent = agent(joined, "")?;
+        let without = "--bounding-set -bpf,-perfmon,-sys_admin";
+        let path = joined.carrick.path().to_str().context("a path")?;
+        let words: Vec<&str> = without.split(' ').chain([path]).chain(agent.split_whitespace()).collect();
+        let process = joined.node("mn")?.host.spawn("agent", "setpriv", &words)?;
+        let remedy = "give the container `capabilities: {add: [NET_ADMIN, BPF, PERFMON]}` and user 0";
+        joined.wait_status("mn", "what is missing", |status| {
+            status["ready"] == false && status["failures"].to_string().contains(remedy)
+        })?;
+        ensure!(process.log()?.contains(remedy), "{}", process.log()?);
+        let shown = joined.shell("mn", "wg show; ip route show table 7474")?;
+        ensure!(!shown.contains("peer:") && shown.contains("unreachable 10.44.0.0/16"), "{shown}");
+        process.terminate(SOON)?;
+        tunnel.terminate(SOON)
+    });
+}
+
 /// The plan of a node on which nothing runs yet, twice: the first one did nothing.
 #[test]
 fn a_plan_performs_nothing() {

@@ -68,13 +68,34 @@ impl Running {
 
 /// The part of `carrick status -o json` that the lab looks at.
 #[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Status {
     pub ready: bool,
     pub connected: bool,
     pub peers: Vec<PeerStatus>,
+    pub members: Vec<MemberStatus>,
     /// Packets by the way that they left by.
     pub sent: Vec<Sent>,
     pub problems: Vec<String>,
+    pub drops: Vec<Dropped>,
+    /// Probe answers that nobody had asked for.
+    pub forged_answers: u64,
+}
+
+/// The ways to another member.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct MemberStatus {
+    pub member: String,
+    /// Slots of the own cluster, on other nodes, and slots of that member.
+    pub via: Vec<u8>,
+    pub links: Vec<u8>,
+}
+
+/// Packets that the programs dropped for one reason.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Dropped {
+    pub reason: String,
+    pub packets: u64,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -88,6 +109,11 @@ impl Status {
     /// Packets that left by ways whose names start so.
     pub fn sent_by(&self, way: &str) -> u64 {
         self.sent.iter().filter(|sent| sent.way.starts_with(way)).map(|sent| sent.packets).sum()
+    }
+
+    /// Packets dropped for that reason.
+    pub fn dropped(&self, reason: &str) -> u64 {
+        self.drops.iter().filter(|drop| drop.reason == reason).map(|drop| drop.packets).sum()
     }
 }
 

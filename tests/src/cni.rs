@@ -210,9 +210,20 @@ fn uplink(host: &Host) -> Result<u32> {
 fn attach(host: &Host, interface: &str, egress: bool, program: &[Instruction]) -> Result<()> {
     host.run(|| {
         let program = sys::load_classifier(program).context("load the network plugin's program")?;
-        sys::attach_tcx(program.as_fd(), if_nametoindex(interface)?, egress)
+        sys::attach_tcx(program.as_fd(), if_nametoindex(interface)?, egress, false)
             .with_context(|| format!("attach to {interface} by tcx (Linux 6.6 and later)"))
     })
+}
+
+impl Host {
+    /// Attaches a program of somebody else to a link of this host by tcx, before or behind those that are there. It only
+    /// says `verdict`: -1 to go on to the next program, 0 to pass without the others.
+    pub fn attach_foreign(&self, link: &str, egress: bool, first: bool, verdict: i32) -> Result<()> {
+        self.run(|| {
+            let program = sys::load_classifier(&bpf::say(verdict)).context("load a program")?;
+            sys::attach_tcx(program.as_fd(), if_nametoindex(link)?, egress, first).context("attach it")
+        })
+    }
 }
 
 /// flannel's rules, for both families: what leaves the pod range is masqueraded, and so is what enters it for another

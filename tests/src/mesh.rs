@@ -66,6 +66,16 @@ impl Mesh {
         Ok(self.own.entry(member.to_owned()).or_insert(folder))
     }
 
+    /// The same folders, but for a copy of the shared one: for somebody who reads another.
+    pub fn with_copy(&self, folder: PathBuf) -> Result<Mesh> {
+        let copy = Folder::create(folder)?;
+        for entry in fs::read_dir(&self.shared.path).context("read the shared folder")? {
+            let entry = entry?;
+            fs::copy(entry.path(), copy.path.join(entry.file_name())).context("copy a manifest")?;
+        }
+        Ok(Mesh { shared: copy, own: self.own.clone() })
+    }
+
     pub fn folder(&self) -> &Path {
         &self.shared.path
     }

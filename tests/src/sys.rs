@@ -71,6 +71,27 @@ pub(crate) fn bind_packet(socket: BorrowedFd<'_>, interface: u32, bytes: u32) ->
     check(result)
 }
 
+/// Sends an IP packet out of an interface without link headers, as if the stack had routed it there.
+pub(crate) fn send_packet(socket: BorrowedFd<'_>, interface: u32, ether_type: u16, packet: &[u8]) -> io::Result<()> {
+    // SAFETY: all zeroes are a value of `sockaddr_ll`.
+    let mut address: libc::sockaddr_ll = unsafe { MaybeUninit::zeroed().assume_init() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = ether_type.to_be();
+    address.sll_ifindex = interface.cast_signed();
+    // SAFETY: packet and address live through the call, as long as is said.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            packet.as_ptr().cast(),
+            packet.len(),
+            0,
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+        )
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// One BPF instruction (`struct bpf_insn`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,11 +123,13 @@ pub(crate) fn load_classifier(program: &[Instruction]) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Attaches a program by tcx, behind those that are there, for as long as the interface lives. In that interface's
-/// network namespace.
-pub(crate) fn attach_tcx(program: BorrowedFd<'_>, interface: u32, egress: bool) -> io::Result<()> {
+/// Attaches a program by tcx, before or behind those that are there, for as long as the interface lives. In that
+/// interface's network namespace.
+pub(crate) fn attach_tcx(program: BorrowedFd<'_>, interface: u32, egress: bool, first: bool) -> io::Result<()> {
     let kind = if egress { BPF_TCX_EGRESS } else { BPF_TCX_INGRESS };
-    let attributes = AttachProgram { interface, program: program.as_raw_fd().cast_unsigned(), kind, rest: [0; 5] };
+    let flags = if first { BPF_F_BEFORE } else { 0 };
+    let program = program.as_raw_fd().cast_unsigned();
+    let attributes = AttachProgram { interface, program, kind, flags, rest: [0; 4] };
     // SAFETY: no pointer is passed.
     unsafe { bpf(BPF_PROG_ATTACH, &attributes) }.map(drop)
 }
@@ -116,6 +139,7 @@ const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
+const BPF_F_BEFORE: u32 = 1 << 3;
 
 /// The beginning of `union bpf_attr` for each of the two commands: the kernel takes the rest as zeroes.
 #[repr(C)]
@@ -134,8 +158,9 @@ struct AttachProgram {
     interface: u32,
     program: u32,
     kind: u32,
-    /// Flags, and the program that this one should be next to.
-    rest: [u32; 5],
+    flags: u32,
+    /// The program that this one should be next to.
+    rest: [u32; 4],
 }
 
 /// # Safety

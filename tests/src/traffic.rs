@@ -1,5 +1,6 @@
 //! Traffic between hosts of the lab: sockets of this process, opened in the hosts' network namespaces.
 
+pub mod forged;
 pub mod http;
 pub mod path;
 pub mod ping;

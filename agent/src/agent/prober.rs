@@ -9,6 +9,7 @@ use crate::{
     health::{Alarm, Drain, Targets},
     intent::Intent,
     kernel::bpf::health::Health,
+    keys::PublicKey,
     names::{Device, Interface, MemberId, MemberName, Ordinal},
     overlay::Overlay,
     probe::{self, Report, Wanted},
@@ -99,11 +100,19 @@ impl Drop for Probing {
 }
 
 /// Whom this node probes, by the state that it should have; `None` where it is none of the mesh.
-pub(super) fn wanted(intent: &Intent, overlay: Overlay, desired: &State, drain: bool) -> Option<Wanted> {
+pub(super) fn wanted(
+    intent: &Intent,
+    overlay: Overlay,
+    desired: &State,
+    severed: &BTreeSet<(Device, PublicKey)>,
+    drain: bool,
+) -> Option<Wanted> {
     let config = desired.maps.as_ref()?.config.as_ref()?;
     let own = config.gateways.keys().map(|slot| (*slot, overlay.slot(config.member, *slot))).collect();
-    let mut members = BTreeMap::new();
+    let (mut members, mut without) = (BTreeMap::new(), BTreeSet::new());
     for (_, member) in intent.others() {
+        let cut = member.gateways.iter().filter(|(slot, gateway)| severed.contains(&(Device(**slot), gateway.key)));
+        without.extend(cut.map(|(slot, _)| (member.id, *slot)));
         let linked = member.gateways.iter().filter(|(slot, gateway)| {
             config.slot.is_some() && desired.peers.contains_key(&(Device(**slot), gateway.key))
         });
@@ -116,6 +125,7 @@ pub(super) fn wanted(intent: &Intent, overlay: Overlay, desired: &State, drain: 
         probing: !desired.overlay.is_empty(),
         own,
         members,
+        severed: without,
         hop_mtu: config.hop_mtu,
         tunnel_mtu: tunnel_mtu.unwrap_or(config.mtu),
     };

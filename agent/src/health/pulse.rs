@@ -1,6 +1,6 @@
 //! Whether one target lives: what it was asked, how long it takes to answer, how often it has changed its mind.
 //!
-//! Invariant: a target's life changes only by what came from it, or did not come in time.
+//! Invariant: a target's life changes only by what came from it, did not come in time, or cannot come.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -154,6 +154,8 @@ impl Pulse {
         match self.life {
             Life::Up => {}
             Life::New => self.turn(Life::Up, now),
+            // A tunnel that hung answers all that waited in it at once, and still has more waiting.
+            Life::Down if ask.fate == Fate::Lost => {}
             Life::Down => {
                 if self.good == 0 {
                     self.good_since = now;
@@ -188,9 +190,16 @@ impl Pulse {
         if self.life != Life::Up || self.lost < LOST {
             return false;
         }
-        self.flaps = if now >= self.changed + CALM { 1 } else { self.flaps + 1 };
-        self.turn(Life::Down, now);
+        self.cut(now);
         true
+    }
+
+    /// Nothing can come from it: it need not be waited for.
+    pub(super) fn cut(&mut self, now: Duration) {
+        if self.life == Life::Up {
+            self.flaps = if now >= self.changed + CALM { 1 } else { self.flaps + 1 };
+            self.turn(Life::Down, now);
+        }
     }
 
     /// The prober was away: everything is judged anew.

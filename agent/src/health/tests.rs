@@ -129,6 +129,7 @@ impl Sim {
                     .iter()
                     .map(|id| (member(*id), (0..slots).map(|n| (slot(n), address(remote(*id, n)))).collect()))
                     .collect(),
+                severed: BTreeSet::new(),
                 hop_mtu: HOP_MTU,
                 tunnel_mtu: TUNNEL_MTU,
             };
@@ -471,6 +472,34 @@ proptest! {
             prop_assert_eq!(&verdict.reach, &before.reach);
             prop_assert_eq!(&verdict.answer, &before.answer);
         }
+    }
+
+    /// A tunnel that is gone or empty, for the prober that saw it and for one that starts only now.
+    #[test]
+    fn a_link_without_a_session_is_out_at_once_and_back_when_it_answers(
+        seed: u64, slots in 1..9u8, chosen: u8, restarts: bool, phase in 0..2000u64,
+    ) {
+        let all = u8::MAX >> (8 - slots);
+        let cut = if chosen & all == 0 { all } else { chosen & all };
+        let links: BTreeSet<_> = (0..slots).filter(|n| cut & bit(*n) != 0).collect();
+        let mut sim = Sim::new(seed, &[8], slots, 1, slots);
+        sim.run(seconds(20) + ms(phase));
+        prop_assert_eq!(sim.reach(8, 2).links, all);
+        sim.dead = links.iter().map(|n| remote(2, *n)).collect();
+        sim.node(8).targets.severed = links.iter().map(|n| (member(2), slot(*n))).collect();
+        if restarts { sim.restart(8) } else { sim.plan(8) }
+        sim.run(2 * GRAIN);
+        let reach = sim.reach(8, 2);
+        // Without any, those of the other gateways are left: without those, too, the last set would stay.
+        prop_assert_eq!(reach.links, all & !cut);
+        prop_assert_ne!(reach.via, 0);
+        prop_assert_eq!(claims(&sim.health(8).verdict().answer.members, member(2)), all != cut);
+
+        sim.dead.clear();
+        sim.node(8).targets.severed.clear();
+        sim.plan(8);
+        sim.run(seconds(1));
+        prop_assert_eq!(sim.reach(8, 2).links, all);
     }
 
     #[test]

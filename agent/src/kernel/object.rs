@@ -30,8 +30,8 @@ mod tests {
     use crate::scratch::Scratch;
 
     const PROGRAMS: [&str; 5] = ["from_hop", "from_peer", "steer", "steer_native", "to_peer"];
-    const MAPS: [&str; 13] = [
-        "ANSWER", "CONFIG", "DROPS", "HEALTH", "HOMES", "KNOWN", "NODES", "OWN", "REMOTE", "SENT", "TRAFFIC",
+    const MAPS: [&str; 14] = [
+        "ANSWER", "CONFIG", "DROPS", "HEALTH", "HOMES", "KNOWN", "NODES", "OWN", "PROBED", "REMOTE", "SENT", "TRAFFIC",
         "VERSION", "WAKE",
     ];
 

@@ -30,6 +30,8 @@ struct Held {
     written: Vec<(MemberId, Reach)>,
     wakes: VecDeque<MemberId>,
     refuse: bool,
+    /// How often the prober stood by what it wrote.
+    stood_by: usize,
 }
 
 #[derive(Debug)]
@@ -59,6 +61,11 @@ impl HealthMaps for Model {
 
     fn write_answer(&mut self, answer: &Answer) -> io::Result<()> {
         self.held.lock().unwrap().answer = Some(*answer);
+        Ok(())
+    }
+
+    fn stand_by(&mut self) -> io::Result<()> {
+        self.held.lock().unwrap().stood_by += 1;
         Ok(())
     }
 
@@ -98,6 +105,7 @@ fn wanted(members: &[i64]) -> Wanted {
         probing: true,
         own: [(slot(0), address(1)), (slot(1), address(2))].into(),
         members: members.iter().map(|id| (member(*id), BTreeMap::new())).collect(),
+        severed: BTreeSet::new(),
         hop_mtu: 1430,
         tunnel_mtu: 1420,
     };
@@ -158,6 +166,8 @@ fn the_maps_follow_what_answers_and_only_what_differs_is_written() {
         let running = start(wanted(&[2, 3, 4]));
         let problem = || running.reports.borrow().as_ref().is_some_and(|report| !report.problems.is_empty());
         until("a problem: there is no address yet", problem).await;
+        let stood_by = || running.held.lock().unwrap().stood_by;
+        assert_eq!(stood_by(), 0, "it measures nothing");
         let [first, second] = [gateway(1).await, gateway(2).await];
         sh(&format!("ip address add {}/128 dev lo nodad", address(100)));
         until("both gateways", || via(&running) == 0b11).await;
@@ -165,6 +175,8 @@ fn the_maps_follow_what_answers_and_only_what_differs_is_written() {
         let reach = Reach { via: 0b11, links: 0, mtu: 1400, zero: 0 };
         until("the size", || running.held.lock().unwrap().reach.get(&member(2)) == Some(&reach)).await;
 
+        let before = stood_by();
+        until("the prober to stand by its word, again and again", || stood_by() > before + 3).await;
         first.abort();
         until("one gateway", || via(&running) == 0b10).await;
         second.abort();

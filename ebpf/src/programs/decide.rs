@@ -2,7 +2,6 @@
 //!
 //! Invariant: a decision changes neither packet nor skb; besides its [`Verdict`] it only notes that a member has traffic.
 
-use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use ebpf::{Config, IDLE_NS, NO_SLOT, Reason, Remote, SLOTS, TRAFFIC_NS, choose, flow, probe, remote, sent};
 
 use super::{
@@ -224,14 +223,16 @@ fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, offer: Off
     }
     note_traffic(member);
     let hop = hops == Hops::Last;
+    let own = if config.slot < SLOTS { 1 << config.slot } else { 0 };
+    let others = reach.via & !own;
     if config.slot != NO_SLOT
+        && (hop || others == 0 || maps::is_probed())
         && let Some(slot) = chosen(packet, reach.links)
     {
         let first = if hop { sent::FOR_NODES } else { sent::DEVICE };
         return Ok(device(config, slot)?.as_hop(hop).counted(first + u32::from(slot), wire));
     }
-    let own = if config.slot < SLOTS { 1 << config.slot } else { 0 };
-    match chosen(packet, reach.via & !own) {
+    match chosen(packet, others) {
         Some(slot) if hops == Hops::Any => Ok(gateway(config, slot)?.counted(sent::HOP + u32::from(slot), wire)),
         _ => Err(Reason::NoGateway),
     }
@@ -335,8 +336,7 @@ fn gateway(config: &Config, slot: u8) -> Decision {
 #[inline(always)]
 fn note_traffic(member: u16) {
     let Some(last) = maps::traffic(member) else { return };
-    // SAFETY: takes nothing.
-    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    let now = maps::now();
     // SAFETY: one aligned word. Two processors may both see the pause: the agent is then told twice.
     let before = unsafe { last.read_volatile() };
     // Another processor may have written a later time than the one read here.

@@ -3,12 +3,13 @@
 //! Invariant: an [`Addr`] in a map value lies at a multiple of four bytes, so it is read as four words ([`words`]).
 
 use aya_ebpf::{
+    helpers::bpf_ktime_get_coarse_ns,
     macros::map,
     maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, lpm_trie},
 };
 use ebpf::{
-    Addr, Answer, Config, Count, Home, Known, MAX_MEMBER_ID, Node, Offered, Reach, Reason, Remote, Wake, capacity,
-    flow, sent,
+    Addr, Answer, CLAIM_NS, Config, Count, Home, Known, MAX_MEMBER_ID, Node, Offered, Reach, Reason, Remote, Wake,
+    capacity, flow, sent,
 };
 
 /// An address as four words, each as it lies in memory: comparing and copying bytes costs four times the instructions.
@@ -43,7 +44,9 @@ static TRAFFIC: Array<u64> = Array::pinned(MEMBERS, 0);
 #[map]
 static WAKE: RingBuf = RingBuf::pinned(capacity::WAKE, 0);
 #[map]
-static ANSWER: Array<Answer> = Array::pinned(1, 0);
+static ANSWER: Array<Answer> = Array::pinned(2, 0);
+#[map]
+static PROBED: Array<u64> = Array::pinned(1, 0);
 #[map]
 static DROPS: PerCpuArray<u64> = PerCpuArray::pinned(capacity::DROPS, 0);
 #[map]
@@ -145,6 +148,26 @@ pub fn traffic(member: u16) -> Option<*mut u64> {
 #[inline(always)]
 pub fn answer() -> Option<&'static Answer> {
     ANSWER.get(0)
+}
+
+/// Whom this gateway reaches, as far as somebody stands behind it.
+#[inline(always)]
+pub fn reached() -> Option<&'static [u8; 512]> {
+    ANSWER.get(u32::from(!is_probed())).map(|answer| &answer.members)
+}
+
+/// Whether the prober is there.
+#[inline(always)]
+pub fn is_probed() -> bool {
+    // It may be written meanwhile, to a later time than now.
+    PROBED.get(0).is_some_and(|last| now().saturating_sub(*last) <= CLAIM_NS)
+}
+
+/// CLOCK_MONOTONIC, coarse, nanoseconds.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: takes nothing.
+    unsafe { bpf_ktime_get_coarse_ns() }
 }
 
 #[inline(always)]

@@ -21,13 +21,13 @@ const MEMBERS: usize = probe::LEN - probe::MEMBERS;
 /// Turns an ask, found to be a whole one, into the answer to it.
 #[inline(always)]
 pub fn answer(skb: Skb, l2: u32) -> Result<(), Refused> {
-    let answer = maps::answer().ok_or(Refused)?;
+    let (answer, reached) = (maps::answer().ok_or(Refused)?, maps::reached().ok_or(Refused)?);
     let payload = l2 + L4 + 8;
     skb.pull(payload + probe::LEN as u32)?;
     let asked = content(skb, payload, 0, true)?;
     let head = [probe::ANSWER, answer.flags, answer.mtu[0], answer.mtu[1]];
     skb.store(payload + probe::TYPE as u32, &head)?;
-    skb.store(payload + probe::MEMBERS as u32, &answer.members)?;
+    skb.store(payload + probe::MEMBERS as u32, reached)?;
     // From the packet, not from the map: the agent may write the map meanwhile.
     skb.pull(payload + probe::LEN as u32)?;
     let changed = content(skb, payload, asked, false)?;

@@ -479,6 +479,7 @@ fn tables(config: Config, holes: [Holes; 4]) -> World {
         nodes: nodes(holes[3]),
         health: BTreeMap::new(),
         answer: Answer { flags: 0, zero: 0, mtu: [0; 2], members: [0; 512] },
+        probed: true,
         config,
     }
 }
@@ -495,7 +496,12 @@ pub fn whole(slot: u8) -> World {
 /// Mostly whole tables.
 pub fn world() -> impl Strategy<Value = World> {
     let health = vec(reach(), MEMBERS.len());
-    (config(), [holes(), holes(), holes(), holes()], health, answer()).prop_map(|(config, holes, health, answer)| {
-        World { health: MEMBERS.into_iter().zip(health).collect(), answer, ..tables(config, holes) }
+    let probed = prop_oneof![3 => Just(true), 1 => Just(false)];
+    let parts = (config(), [holes(), holes(), holes(), holes()], health, answer(), probed);
+    parts.prop_map(|(config, holes, health, answer, probed)| World {
+        health: MEMBERS.into_iter().zip(health).collect(),
+        answer,
+        probed,
+        ..tables(config, holes)
     })
 }

@@ -182,6 +182,10 @@ fn steer() {
     ]);
     table.node("a gateway", &gateway(), rows);
     table.node("a worker", &worker(), ways_out());
+    let mut alone = World { probed: false, ..gateway() };
+    alone.health.insert(4095, Reach { via: 0, links: 0b10, mtu: 1380, zero: 0 });
+    let rows = vec![row("what others reach, too", POD, FAR), row("what nobody else reaches", POD, "10.46.7.3")];
+    table.node("a gateway whose prober is away", &alone, rows);
     table.is(expect![[r#"
         a gateway
           a pod to a remote pod              10.42.0.2 > 10.44.0.5: by carrick-wg1
@@ -220,6 +224,9 @@ fn steer() {
           segments that do not               2001:db8:42::2 > 2001:db8:44::5: to the stack by carrick-hop, ICMP "too big" about it
           an endpoint carved out of it       10.42.0.2 > 10.44.9.9: dropped, not_remote
           our own WireGuard's                192.0.2.10 > 10.44.0.5: dropped, loop
+        a gateway whose prober is away
+          what others reach, too             10.42.0.2 > 10.44.0.5: by the hop to 192.0.2.11
+          what nobody else reaches           10.42.0.2 > 10.46.7.3: by carrick-wg1
     "#]]);
 }
 
@@ -463,4 +470,12 @@ fn an_answer_is_received() {
     assert_eq!(answer[..8], [b'C', b'R', b'K', b'1', probe::ANSWER, probe::DRAINING, 5, 100]);
     assert_eq!(answer[8..16], 7_u64.to_be_bytes());
     assert!(answer[16..].iter().all(|byte| *byte == 0xa5));
+
+    world.probed = false;
+    loaded.maps.write(&world).expect("the maps can be written");
+    let ran = loaded.run(&packet.bytes(), &context).expect("a test run");
+    let l3 = &ran.frame[14..];
+    assert_eq!(pseudo_checksum(&l3[8..24], &l3[24..40], 17, &l3[40..]), 0);
+    assert_eq!(l3[48..56], answer[..8]);
+    assert!(l3[64..].iter().all(|byte| *byte == 0), "nobody stands behind it");
 }

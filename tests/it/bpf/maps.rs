@@ -26,6 +26,7 @@ pub struct Maps {
     nodes: HashMap<MapData, [u8; 16], Node>,
     config: Array<MapData, Config>,
     answer: Array<MapData, Answer>,
+    probed: Array<MapData, u64>,
     health: Array<MapData, Reach>,
     traffic: Array<MapData, u64>,
     wake: RingBuf<MapData>,
@@ -82,6 +83,7 @@ impl Maps {
             nodes: map("NODES")?.try_into()?,
             config: map("CONFIG")?.try_into()?,
             answer: map("ANSWER")?.try_into()?,
+            probed: map("PROBED")?.try_into()?,
             health: map("HEALTH")?.try_into()?,
             traffic: map("TRAFFIC")?.try_into()?,
             wake: map("WAKE")?.try_into()?,
@@ -126,6 +128,8 @@ impl Maps {
         }
         self.config.set(0, world.config, 0)?;
         self.answer.set(0, world.answer, 0)?;
+        // Never behind the clock, or as far behind as the machine has run.
+        self.probed.set(0, if world.probed { u64::MAX } else { 0 }, 0)?;
         self.written = Some(world.clone());
         Ok(())
     }

@@ -24,6 +24,8 @@ pub struct World {
     pub nodes: BTreeMap<Addr, Node>,
     pub health: BTreeMap<u16, Reach>,
     pub answer: Answer,
+    /// Whether the prober stands by what it wrote.
+    pub probed: bool,
 }
 
 /// What else a program knows of a packet.
@@ -482,7 +484,12 @@ impl Seen<'_> {
         let (world, config) = (self.world, self.config());
         let reach = world.reach(member);
         let nobody = |reason| dropped(reason, self.context);
+        let own = 1_u8.checked_shl(u32::from(config.slot)).unwrap_or(0);
+        let others = reach.via & !own;
+        // Where nobody measures the own links, others know better, if there are any.
+        let trusted = world.probed || from == From::Worker || others == 0;
         if world.is_gateway()
+            && trusted
             && let Some(slot) = ebpf::choose(self.ip.flow(), reach.links)
         {
             let first = if from == From::Worker { sent::FOR_NODES } else { sent::DEVICE };
@@ -496,8 +503,7 @@ impl Seen<'_> {
                 Some(ifindex) => Outcome { sent, ..self.by_device(ifindex) },
             };
         }
-        let own = 1_u8.checked_shl(u32::from(config.slot)).unwrap_or(0);
-        match ebpf::choose(self.ip.flow(), reach.via & !own).filter(|_| from != From::Worker) {
+        match ebpf::choose(self.ip.flow(), others).filter(|_| from != From::Worker) {
             None => nobody(Reason::NoGateway),
             Some(slot) => match world.slot_key(slot) {
                 None => nobody(Reason::NoDevice),
@@ -619,7 +625,8 @@ impl Seen<'_> {
         udp[8 + probe::TYPE] = probe::ANSWER;
         udp[8 + probe::FLAGS] = answer.flags;
         udp[8 + probe::MTU..][..2].copy_from_slice(&answer.mtu);
-        udp[8 + probe::MEMBERS..8 + probe::LEN].copy_from_slice(&answer.members);
+        let reached = if self.world.probed { answer.members } else { [0; 512] };
+        udp[8 + probe::MEMBERS..8 + probe::LEN].copy_from_slice(&reached);
         if before[6..8] != [0, 0] {
             for at in (8..8 + probe::LEN).step_by(2) {
                 let old = u16::from_be_bytes([before[at], before[at + 1]]);

@@ -134,8 +134,13 @@ pub(super) fn forward_out(uplink: u32, local: &[IpNetwork]) -> Vec<Instruction> 
 
 /// Ends the chain: no program behind it sees a packet.
 pub(super) fn pass() -> Vec<Instruction> {
+    say(PASS)
+}
+
+/// The same verdict for everything.
+pub(super) fn say(verdict: i32) -> Vec<Instruction> {
     let mut asm = Assembler::default();
-    asm.set_immediate(R0, PASS);
+    asm.set_immediate(R0, verdict);
     asm.exit();
     asm.code
 }

@@ -20,6 +20,7 @@ use crate::{health::NO_ANSWER, names::MemberId, probe::HealthMaps};
 pub struct Health {
     reach: (OwnedFd, u32),
     answer: OwnedFd,
+    probed: OwnedFd,
     traffic: OwnedFd,
     drops: OwnedFd,
     sent: OwnedFd,
@@ -43,6 +44,7 @@ impl Health {
         Ok(Health {
             reach: (own("HEALTH")?, maps.get("HEALTH").1),
             answer: own("ANSWER")?,
+            probed: own("PROBED")?,
             traffic: own("TRAFFIC")?,
             drops: own("DROPS")?,
             sent: own("SENT")?,
@@ -100,6 +102,11 @@ impl HealthMaps for Health {
 
     fn write_answer(&mut self, answer: &Answer) -> io::Result<()> {
         sys::update(self.answer.as_fd(), &0_u32, answer)
+    }
+
+    fn stand_by(&mut self) -> io::Result<()> {
+        let now = u64::try_from(sys::monotonic()?.as_nanos()).map_err(io::Error::other)?;
+        sys::update(self.probed.as_fd(), &0_u32, &now)
     }
 
     fn last_traffic(&self, member: MemberId) -> io::Result<Option<Duration>> {

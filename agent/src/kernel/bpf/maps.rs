@@ -16,9 +16,9 @@ use super::{
 use crate::state::{self, Entry, Key};
 
 /// Every map that is pinned, by its name in the object. Others belong to one build of the programs, or to tests.
-pub(super) const NAMES: [&str; 13] = [
-    "REMOTE", "OWN", "VERSION", "KNOWN", "HOMES", "NODES", "CONFIG", "HEALTH", "ANSWER", "TRAFFIC", "WAKE", "DROPS",
-    "SENT",
+pub(super) const NAMES: [&str; 14] = [
+    "REMOTE", "OWN", "VERSION", "KNOWN", "HOMES", "NODES", "CONFIG", "HEALTH", "ANSWER", "PROBED", "TRAFFIC", "WAKE",
+    "DROPS", "SENT",
 ];
 
 /// What a map must be for programs and agent to mean the same by it.
