@@ -118,7 +118,6 @@ const FREE: &[(&str, &[(&str, usize)])] = &[
     (ROUTES, &[GATEWAY]),
     (RULES, &[GATEWAY]),
     ("lab=$(nft -s list table inet flannel); nft flush ruleset; echo \"$lab\" | nft -f -", BOTH),
-    ("conntrack -F", BOTH),
     ("for file in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 1 > $file; done", BOTH),
 ];
 
@@ -127,6 +126,8 @@ const DEAR: &[(&str, &[(&str, usize)])] = &[
     (ROUTES, &[WORKER]),
     (RULES, &[WORKER]),
     ("for family in 4 6; do ip -$family rule flush; ip -$family rule add lookup main priority 32766; done", BOTH),
+    // The kernel drops a packet whose new entry is flushed before it is confirmed.
+    ("conntrack -F", BOTH),
     ("ip link del carrick-hop", BOTH),
     ("ip link del carrick-wg1", &[GATEWAY]),
     ("for link in /sys/fs/bpf/carrick/v1/links/*; do bpftool link detach pinned $link; done", BOTH),
