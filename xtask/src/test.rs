@@ -67,11 +67,13 @@ fn tidy() -> anyhow::Result<process::Ended> {
     Ok(ended)
 }
 
-/// All tests. Those of the lab run as fast as what ships, and find it by `CARRICK_BIN`.
+/// All tests. Those of the lab run as fast as what ships, and find it by `CARRICK_BIN`; one after the other, so that the
+/// packets that they count are not lost to each other.
 fn test() -> anyhow::Result<process::Ended> {
     let unit = cargo("test", &["test", "--locked", "--workspace", "--exclude", "tests", "--no-fail-fast"])?;
     let mut command = workspace::cargo();
     command.args(["test", "--release", "--locked", "--package", "tests", "--no-fail-fast"]);
+    command.args(["--", "--test-threads", "1"]);
     let lab = process::run("test, the lab", command.env("CARRICK_BIN", workspace::carrick_path()?))?;
     Ok(process::Ended { success: unit.success && lab.success, output: unit.output + &lab.output })
 }
