@@ -86,15 +86,14 @@ pub type Decision = Result<Verdict, Reason>;
 pub fn steer(skb: Skb, config: &Config) -> Decision {
     let packet = &Packet::parse(skb, ETH_LEN)?;
     let place = maps::place(&packet.source, &packet.destination);
-    if let Some(member) = place.and_then(|place| place.member(&packet.source, &packet.destination)) {
-        return to_member(skb, config, packet, member, Offer::Known, Hops::Any);
+    let known = place.member(&packet.source, &packet.destination);
+    if known != 0 {
+        return to_member(skb, config, packet, known, Offer::Known, Hops::Any);
     }
     match maps::remote(&packet.destination) {
         Some(Remote { member, kind: remote::RANGE, .. }) => {
             let verdict = to_member(skb, config, packet, *member, Offer::Unknown, Hops::Any)?;
-            if let Some(place) = place {
-                place.learn(&packet.source, &packet.destination, *member);
-            }
+            place.learn(&packet.source, &packet.destination, *member);
             Ok(verdict)
         }
         Some(Remote { member, kind: remote::OVERLAY, .. }) => to_overlay(skb, config, packet, *member),

@@ -89,7 +89,8 @@ pub fn is_offered(addr: &Words, member: u16) -> bool {
     offered.members[usize::from(member >> 6) & 63] & (1 << (member & 63)) != 0
 }
 
-/// The place in `KNOWN` of a pair of addresses, and the tables' version as of now.
+/// The place in `KNOWN` of a pair of addresses, or null, and the tables' version as of now. All of it is always set, as in
+/// [`Verdict`](super::decide::Verdict).
 #[derive(Clone, Copy)]
 pub struct Place {
     version: u64,
@@ -97,27 +98,33 @@ pub struct Place {
 }
 
 #[inline(always)]
-pub fn place(source: &Words, destination: &Words) -> Option<Place> {
-    let version = *VERSION.get(0)?;
-    let entry = KNOWN.get_ptr_mut(flow(source, destination, 0) & (capacity::KNOWN - 1))?;
-    Some(Place { version, entry })
+pub fn place(source: &Words, destination: &Words) -> Place {
+    let version = VERSION.get(0).copied().unwrap_or(0);
+    let entry = KNOWN.get_ptr_mut(flow(source, destination, 0) & (capacity::KNOWN - 1));
+    Place { version, entry: entry.unwrap_or(core::ptr::null_mut()) }
 }
 
 impl Place {
-    /// The member whose range the destination is in, if that and that the source is offered to it is known.
+    /// The member whose range the destination is in, if that and that the source is offered to it is known; or 0, which
+    /// no member is.
     #[inline(always)]
-    pub fn member(self, source: &Words, destination: &Words) -> Option<u16> {
+    pub fn member(self, source: &Words, destination: &Words) -> u16 {
+        if self.entry.is_null() {
+            return 0;
+        }
         // SAFETY: an entry of an array; it is this processor's, and a program is not interrupted by itself.
         let known = unsafe { &*self.entry };
         let right = known.version == self.version
             && words(&known.source) == *source
             && words(&known.destination) == *destination;
-        // Member 0 is none: what was never written is not known.
-        if right && known.member != 0 { Some(known.member) } else { None }
+        if right { known.member } else { 0 }
     }
 
     #[inline(always)]
     pub fn learn(self, source: &Words, destination: &Words, member: u16) {
+        if self.entry.is_null() {
+            return;
+        }
         let addr = |words: &Words| {
             // SAFETY: 16 bytes.
             Addr(unsafe { core::mem::transmute::<Words, [u8; 16]>(*words) })
