@@ -24,7 +24,7 @@ use crate::{
     intent::{Gateway, Host, Intent, Kind, Member, Node, Reason, Rejection},
     keys::PublicKey,
     names::{Device, HOP, Interface, MemberId, MemberName, Ordinal, Table},
-    state::{Attachment, Family, Hop, Link, Lookups, Nft, Program, Route, Rule, State},
+    state::{Attachment, Family, Hop, Link, Lookups, MIN_MTU_V6, Nft, Program, Route, Rule, State},
 };
 
 /// What WireGuard adds to a packet over IPv6: 40 IPv6 + 8 UDP + 32 WireGuard, in bytes.
@@ -32,12 +32,6 @@ const TUNNEL_OVERHEAD: u32 = 80;
 
 /// What the hop adds over IPv6: 40 IPv6 + 8 UDP + 8 VXLAN + 14 inner Ethernet, in bytes.
 const HOP_OVERHEAD: u32 = 70;
-
-/// The kernel takes IPv6 from a device below this (RFC 8200 §5), in bytes.
-const MIN_MTU: u16 = 1280;
-
-/// What every IPv4 host has to be able to take (RFC 791 §3.1), in bytes.
-const MIN_MTU_V4: u16 = 576;
 
 /// Bytes: larger devices have not been tried.
 const MAX_MTU: u16 = 3_900;
@@ -210,7 +204,7 @@ impl<'a> Here<'a> {
 
 /// Bytes: what the underlay carries less the overhead, within what a device can have.
 fn device_mtu(underlay: u32, overhead: u32) -> u16 {
-    let bytes = underlay.saturating_sub(overhead).clamp(MIN_MTU.into(), MAX_MTU.into());
+    let bytes = underlay.saturating_sub(overhead).clamp(MIN_MTU_V6.into(), MAX_MTU.into());
     u16::try_from(bytes).unwrap_or(MAX_MTU)
 }
 

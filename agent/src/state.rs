@@ -188,6 +188,12 @@ pub enum Key {
     Node(IpAddr),
 }
 
+/// Bytes that every link has to carry whole (RFC 8200 §5); the kernel takes IPv6 from a device with less.
+pub const MIN_MTU_V6: u16 = 1280;
+
+/// Bytes that every IPv4 host has to be able to take (RFC 791 §3.1).
+pub const MIN_MTU_V4: u16 = 576;
+
 /// What the kernel says of one of our links. None ever carries an address (`addrgenmode none`): CNIs adopt addressed
 /// devices.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,40 +3,36 @@
 use std::{fs, thread::sleep, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use lab::{
-    Cni, Member, Node,
-    carrick::{DEVICES, TUNNEL_PORT},
-    faults::Traffic,
-    wait_for,
-    watch::sum,
-};
+use lab::{Cni, Member, Node, wait_for, watch::sum};
 use nix::sys::signal::Signal;
 
 use crate::{
     joined::{CONNECT_LIMIT, SOON},
-    mesh::{Meshed, lost, meshed, stop},
+    mesh::{Meshed, TUNNELS, lost, meshed, stop},
 };
 
 #[test]
 fn programs_of_a_gateway_that_die_or_hang_are_gone_around() {
     meshed(Member::pair_of_three(Cni::Bridge), |meshed| {
-        both_die_and_come_back_later(meshed, "va", 1)?;
-        the_tunnel_dies_alone(meshed, "va", 0)?;
+        // Where both die nobody is left to say what is wrong: the gateway's word lapses.
+        dies_and_comes_back_later(meshed, "va", 1, true)?;
+        dies_and_comes_back_later(meshed, "va", 0, false)?;
         the_tunnel_hangs(meshed, "mn", 1)?;
         both_die_and_come_back_at_once(meshed, "mn", 0)
     });
 }
 
-/// Nobody is left to say what is wrong: the gateway's word lapses. Once others know, its return costs nothing.
-fn both_die_and_come_back_later(meshed: &mut Meshed<'_>, member: &str, number: usize) -> Result<()> {
+/// The tunnel, and the agent with it or not. Once others know, its return costs nothing.
+fn dies_and_comes_back_later(meshed: &mut Meshed<'_>, member: &str, number: usize, agent: bool) -> Result<()> {
+    let what = format!("{} of {member}-{number}", if agent { "agent and tunnel" } else { "tunnel" });
     let (flows, stream) = meshed.traffic()?;
-    kill(meshed, member, number, true)?;
+    kill(meshed, member, number, agent)?;
     meshed.goes_on(&flows, &stream)?;
-    stop(&format!("agent and tunnel of {member}-{number} dead"), flows, stream)?;
+    stop(&format!("{what} dead"), flows, stream)?;
     let (flows, stream) = meshed.traffic()?;
-    start(meshed, member, number, true)?;
+    start(meshed, member, number, agent)?;
     meshed.connected()?;
-    let reports = stop("both back", flows, stream)?;
+    let reports = stop(&format!("{what} back"), flows, stream)?;
     ensure!(lost(&reports) == 0, "{reports:?}");
     Ok(())
 }
@@ -49,19 +45,6 @@ fn both_die_and_come_back_at_once(meshed: &mut Meshed<'_>, member: &str, number:
     meshed.goes_on(&flows, &stream)?;
     stop(&format!("agent and tunnel of {member}-{number} killed and started"), flows, stream)?;
     meshed.connected()
-}
-
-fn the_tunnel_dies_alone(meshed: &mut Meshed<'_>, member: &str, number: usize) -> Result<()> {
-    let (flows, stream) = meshed.traffic()?;
-    kill(meshed, member, number, false)?;
-    meshed.goes_on(&flows, &stream)?;
-    stop(&format!("tunnel of {member}-{number} dead"), flows, stream)?;
-    let (flows, stream) = meshed.traffic()?;
-    start(meshed, member, number, false)?;
-    meshed.connected()?;
-    let reports = stop("the tunnel back", flows, stream)?;
-    ensure!(lost(&reports) == 0, "{reports:?}");
-    Ok(())
 }
 
 fn the_tunnel_hangs(meshed: &mut Meshed<'_>, member: &str, number: usize) -> Result<()> {
@@ -205,10 +188,9 @@ fn foreign_programs_take_nothing_away() {
 #[test]
 fn a_link_that_loses_one_way_or_half_is_left() {
     meshed(Member::pair_of_three(Cni::Bridge), |meshed| {
-        let tunnel = Traffic::Udp(TUNNEL_PORT..=TUNNEL_PORT + DEVICES - 1);
         for (from, to, percent) in [("va", "mn", 100), ("mn", "va", 100), ("va", "mn", 50)] {
             let (flows, stream) = meshed.traffic()?;
-            let fault = meshed.lab.drop_packets(meshed.node(from, 1)?, meshed.node(to, 1)?, &tunnel, percent)?;
+            let fault = meshed.lab.drop_packets(meshed.node(from, 1)?, meshed.node(to, 1)?, &TUNNELS, percent)?;
             meshed.goes_on(&flows, &stream)?;
             let ends = [meshed.node("va", 1)?, meshed.node("mn", 1)?];
             wait_for("both ends to leave the link", CONNECT_LIMIT, || {

@@ -70,7 +70,7 @@ fn every_fault_in_turn(meshed: &mut Meshed<'_>) -> Result<()> {
 }
 
 /// What passes between gateways.
-const TUNNELS: Traffic = Traffic::Udp(TUNNEL_PORT..=TUNNEL_PORT + DEVICES - 1);
+pub(crate) const TUNNELS: Traffic = Traffic::Udp(TUNNEL_PORT..=TUNNEL_PORT + DEVICES - 1);
 
 /// Every node's programs run.
 pub(crate) struct Meshed<'a> {
@@ -235,6 +235,7 @@ fn each_router_on_the_way_says_where_a_ttl_ran_out(meshed: &mut Meshed<'_>) -> R
     let (from, to) = (&meshed.node("mn", 2)?.pods[0], &meshed.node("va", 2)?.pods[0]);
     for address in &to.addresses {
         let who_says = |ttl: u8| {
+            // An answer from a router is a failure to ping.
             let command = format!("ping -n -c 1 -W 1 -t {ttl} {address} || true");
             let said = from.host.output("sh", &["-c", &command])?;
             let router = said.split_whitespace().skip_while(|word| *word != "From").nth(1);

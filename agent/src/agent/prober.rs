@@ -172,24 +172,22 @@ pub(super) fn drain(is_gateway: bool, asked: bool, report: Option<&Report>) -> s
 /// What the prober has to say to people.
 pub(super) fn problems(intent: &Intent, report: Option<&Report>) -> Vec<String> {
     let Some(report) = report else { return Vec::new() };
-    let name = |id: MemberId| intent.others().find(|(_, member)| member.id == id).map(|(name, _)| name.to_string());
+    let name = |id: MemberId| {
+        let found = intent.others().find(|(_, member)| member.id == id);
+        found.map_or_else(|| id.to_string(), |(name, _)| name.to_string())
+    };
     let alarms = report.verdict.alarms.iter().map(|alarm| match alarm {
         Alarm::Late => {
             "the prober was away for more than a second: nothing was concluded from what it missed".to_owned()
         }
         Alarm::NoGatewayAnswers => "no other gateway of this cluster answers over the hop".to_owned(),
         Alarm::NoLinkAnswers => "no gateway of any other member answers".to_owned(),
-        Alarm::NoWay(id) => {
-            let member = name(*id).unwrap_or_else(|| id.to_string());
-            format!("no way to {member} is known: the last one that was stays in use")
-        }
-        Alarm::Narrow(id) => {
-            let member = name(*id).unwrap_or_else(|| id.to_string());
-            format!(
-                "the way to {member} carries less than the 1280 bytes that IPv6 needs, and loses fragments: its IPv6 \
-                 packets that are longer are lost; widen it, or let fragments of UDP pass"
-            )
-        }
+        Alarm::NoWay(id) => format!("no way to {} is known: the last one that was stays in use", name(*id)),
+        Alarm::Narrow(id) => format!(
+            "the way to {} carries less than the 1280 bytes that IPv6 needs, and loses fragments: its IPv6 packets that \
+             are longer are lost; widen it, or let fragments of UDP pass",
+            name(*id)
+        ),
     });
     let alarms: BTreeSet<String> = alarms.chain(report.problems.iter().cloned()).collect();
     alarms.into_iter().collect()

@@ -20,10 +20,11 @@ use std::{
 use ebpf::{Answer, Reach};
 
 use super::{Target, Targets, Watched, pulse::Life};
-use crate::names::{MemberId, Ordinal};
+use crate::{
+    names::{MemberId, Ordinal},
+    state::MIN_MTU_V6,
+};
 
-/// Bytes that every link has to carry (RFC 8200 §5).
-const IPV6_LEAST: u16 = 1280;
 /// What dies within this, dies at once.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
@@ -112,7 +113,7 @@ impl Scene<'_> {
             if links.up | via.up == 0 && links.known | via.known != 0 && self.targets.probing {
                 alarms.insert(Alarm::NoWay(*member));
             }
-            if decided.mtu != 0 && decided.mtu < IPV6_LEAST {
+            if decided.mtu != 0 && decided.mtu < MIN_MTU_V6 {
                 alarms.insert(Alarm::Narrow(*member));
             }
             if links.up != 0 && decided.links != 0 {

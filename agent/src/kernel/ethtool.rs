@@ -42,8 +42,11 @@ pub(super) fn is_on(device: &str, feature: &str) -> io::Result<bool> {
     Ok(words[2 + bit / 32 * READ + ACTIVE] >> (bit % 32) & 1 == 1)
 }
 
-/// `Unsupported` on a kernel that does not know the feature, or for a device that cannot have it.
+/// `Unsupported` on a kernel that does not know the feature, or for a device that cannot have it; off, all have it.
 pub(super) fn turn(device: &str, feature: &str, on: bool) -> io::Result<()> {
+    if is_on(device, feature)? == on {
+        return Ok(());
+    }
     let unsupported = || io::Error::new(io::ErrorKind::Unsupported, format!("{device} has no {feature}"));
     let names = names(device)?;
     let bit = names.iter().position(|name| name == feature).ok_or_else(unsupported)?;

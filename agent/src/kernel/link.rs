@@ -87,10 +87,7 @@ pub(super) async fn set(rtnl: &Rtnl, interface: Interface, link: &Link) -> io::R
     message.header.index = seen.index;
     message.attributes = vec![LinkAttribute::Mtu(link.mtu), LinkAttribute::AfSpecUnspec(families)];
     rtnl.change(RouteNetlinkMessage::SetLink(message), 0).await?;
-    let (name, feature) = (interface.to_string(), ethtool::UDP_GRO_FORWARDING);
-    if ethtool::is_on(&name, feature)? != link.udp_gro_forwarding {
-        ethtool::turn(&name, feature, link.udp_gro_forwarding)?;
-    }
+    ethtool::turn(&interface.to_string(), ethtool::UDP_GRO_FORWARDING, link.udp_gro_forwarding)?;
 
     let addresses = addresses(rtnl).await?.into_iter().filter(|address| address.header.index == seen.index);
     let mut had_addresses = false;

@@ -4,11 +4,11 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnetwork::IpNetwork;
 
-use super::{Here, Longest, MIN_MTU, MIN_MTU_V4};
+use super::{Here, Longest};
 use crate::{
     intent::Member,
     names::{Device, MemberName, Table},
-    state::{Family, Home, Maps, Route, State},
+    state::{Family, Home, MIN_MTU_V4, MIN_MTU_V6, Maps, Route, State},
 };
 
 /// Adds the ways: to each member that this node or another gateway of the cluster has a tunnel to, and to every overlay
@@ -26,7 +26,7 @@ pub(super) fn add(state: &mut State, here: Here<'_>, maps: &Maps) {
         let sources = Family::ALL.map(|family| source(here, name, family, &local));
         for prefix in member.offered_to(&here.intent.me) {
             let [v4, v6] = sources;
-            let (least, source) = if prefix.is_ipv4() { (MIN_MTU_V4, v4) } else { (MIN_MTU, v6) };
+            let (least, source) = if prefix.is_ipv4() { (MIN_MTU_V4, v4) } else { (MIN_MTU_V6, v6) };
             let route = Route::Hop { mtu: Some(mtu.max(least).into()), source };
             state.routes.insert((Table::Remote, prefix), route);
         }

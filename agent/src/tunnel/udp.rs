@@ -26,6 +26,8 @@ use nix::{
 };
 use tokio::{io::Interest, net::UdpSocket};
 
+use crate::state::{MIN_MTU_V4, MIN_MTU_V6};
+
 /// Kernel memory for datagrams that wait, bytes, each way; it is used only as they do. The windows of a few TCP flows
 /// fit, so that a tunnel that has lost its processor for some milliseconds costs no retransmission.
 const SOCKET_BUFFER: usize = 16 << 20;
@@ -41,9 +43,9 @@ const ARENA: usize = 4 * MAX_READ;
 /// WireGuard's header and authenticator, bytes.
 const SEALED: usize = 16 + 16;
 /// Sealed packets of at most so many bytes are taken to pass anywhere whole: nothing is set for them alone.
-const SMALL: usize = 576 + SEALED;
+const SMALL: usize = MIN_MTU_V4 as usize + SEALED;
 /// A sealed packet of more bytes is never fragmented.
-const MOST_IN_PIECES: usize = 1280 + SEALED;
+const MOST_IN_PIECES: usize = MIN_MTU_V6 as usize + SEALED;
 
 /// Where a peer is, and which of our addresses it knows: an answer from another one would not pass the peer's NAT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
