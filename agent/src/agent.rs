@@ -259,7 +259,7 @@ impl Agent {
         if !self.probing.works_on(generation) {
             self.kernel.forget_known()?;
             let maps = self.kernel.health()?.zip(self.kernel.health()?);
-            self.probing.work_on(maps);
+            self.probing.work_on(maps)?;
         }
         let overlay = Overlay::new(&self.args.mesh_domain);
         let severed = reading.severed(desired);

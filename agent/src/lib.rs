@@ -31,6 +31,7 @@ pub mod plan;
 pub mod reconcile;
 pub mod state;
 
+mod ifreq;
 pub mod kernel;
 pub mod tunnel;
 

@@ -348,7 +348,11 @@ impl Prober {
             }
             self.news = true;
             match maps.write_reach(member, reach) {
-                Ok(()) => drop(self.held.insert(member, reach)),
+                Ok(()) => {
+                    let Reach { via, links, mtu, .. } = reach;
+                    info!(%member, via = format_args!("{via:#b}"), links = format_args!("{links:#b}"), mtu, "reach");
+                    self.held.insert(member, reach);
+                }
                 Err(err) => written = Err(err),
             }
         }

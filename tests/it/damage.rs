@@ -68,9 +68,9 @@ fn kill(meshed: &mut Meshed<'_>, member: &str, number: usize, agent: bool) -> Re
     running.tunnel()?.signal(Signal::SIGKILL)?;
     if agent {
         running.agent.signal(Signal::SIGKILL)?;
-        running.agent.wait(SOON)?;
+        running.agent.wait()?;
     }
-    running.tunnel.take().context("a gateway")?.wait(SOON)?;
+    running.tunnel.take().context("a gateway")?.wait()?;
     Ok(())
 }
 

@@ -224,7 +224,7 @@ fn restart_with(meshed: &mut Meshed<'_>, name: &str, mesh: &Mesh) -> Result<()> 
     let (member, node) = meshed.lab.nodes().find(|(_, node)| node.host.name() == name).context("a node")?;
     let running = meshed.running.get_mut(name).context("it runs")?;
     running.agent.signal(Signal::SIGKILL)?;
-    running.agent.wait(SOON)?;
+    running.agent.wait()?;
     running.agent = meshed.carrick.start_agent(member, node, mesh)?;
     meshed.carrick.wait_connected(node, &["va"], SOON)?;
     Ok(())

@@ -190,7 +190,7 @@ impl Meshed<'_> {
         for (member, node) in self.lab.nodes() {
             let running = self.running.get_mut(node.host.name()).context("it runs")?;
             running.agent.signal(Signal::SIGKILL)?;
-            running.agent.wait(SOON)?;
+            running.agent.wait()?;
             running.agent = self.carrick.start_agent(member, node, &self.mesh)?;
             let other = if member.name == "mn" { "va" } else { "mn" };
             self.carrick.wait_connected(node, &[other], CONNECT_LIMIT)?;
@@ -343,7 +343,7 @@ fn drained(meshed: &mut Meshed<'_>, name: &str) -> Result<()> {
     let node = meshed.named(name)?;
     let (of_mn, number) = (name.starts_with("mn"), usize::from(node.number));
     meshed.carrick.drain(node)?;
-    meshed.running.remove(name).context("it runs")?.terminate(SOON)?;
+    meshed.running.remove(name).context("it runs")?.terminate()?;
     meshed.goes_on(&flows, &stream)?;
     let reports = stop(&format!("{name} drained"), flows, stream)?;
     // What lives on the gateway itself still goes through it: only the others are promised.

@@ -65,7 +65,7 @@ fn cleanup_leaves_what_is_foreign_and_nothing_else() {
         let carrick = joined.carrick.path().display();
         let dry = joined.shell("mn", &format!("{carrick} cleanup --dry-run"))?;
         let Running { agent, .. } = joined.running.remove("mn").expect("it runs");
-        agent.terminate(SOON)?;
+        agent.terminate()?;
         ensure!(joined.network("mn")? != before, "the dry run removed something, or nothing was ever there");
         let done = joined.carrick.cleanup(joined.node("mn")?)?;
         ensure!(done == dry, "the dry run said\n{dry}and then\n{done}was done");
@@ -160,7 +160,7 @@ fn without_its_device_nothing_leaves_in_the_clear() {
 #[test]
 fn after_cleanup_packets_do_leave_in_the_clear() {
     joined("open", |joined: &mut Joined<'_>| {
-        joined.running.remove("mn").expect("it runs").agent.terminate(SOON)?;
+        joined.running.remove("mn").expect("it runs").agent.terminate()?;
         joined.carrick.cleanup(joined.node("mn")?)?;
         let capture = joined.capture("mn")?;
         ensure!(joined.reaches("mn", "va")? == [false, false]);

@@ -182,8 +182,8 @@ fn without_the_capabilities_for_programs_there_is_no_peer() {
         ensure!(process.log()?.contains(remedy), "{}", process.log()?);
         let shown = joined.shell("mn", "wg show; ip route show table 7474")?;
         ensure!(!shown.contains("peer:") && shown.contains("unreachable 10.44.0.0/16"), "{shown}");
-        process.terminate(SOON)?;
-        tunnel.terminate(SOON)
+        process.terminate()?;
+        tunnel.terminate()
     });
 }
 

@@ -27,9 +27,6 @@ pub const DEVICES: u16 = 8;
 /// UDP port of the hop between the nodes of a member.
 pub const HOP_PORT: u16 = 27472;
 
-/// How long a drain may take: Carrick itself gives up after 30 s.
-const DRAIN_LIMIT: Duration = Duration::from_secs(40);
-
 /// A peer counts as connected while its last handshake is younger than this, in seconds: then WireGuard itself refuses it.
 const HANDSHAKE_LIMIT: f64 = 180.0;
 
@@ -60,9 +57,9 @@ impl Running {
     }
 
     /// SIGTERM to both, and waits until they are gone; fails if they do not end by themselves within `limit`.
-    pub fn terminate(self, limit: Duration) -> Result<()> {
-        self.agent.terminate(limit)?;
-        self.tunnel.map_or(Ok(()), |tunnel| tunnel.terminate(limit))
+    pub fn terminate(self) -> Result<()> {
+        self.agent.terminate()?;
+        self.tunnel.map_or(Ok(()), |tunnel| tunnel.terminate())
     }
 }
 
@@ -206,7 +203,7 @@ impl Carrick {
     /// Has a gateway move its traffic to the others, and waits until it carries none.
     pub fn drain(&self, node: &Node) -> Result<()> {
         let mut drain = node.host.spawn("drain", &self.binary, &["drain"])?;
-        let status = drain.wait(DRAIN_LIMIT)?;
+        let status = drain.wait()?;
         ensure!(status.success(), "{}: carrick drain: {status}\n{}", node.host.name(), drain.log()?);
         Ok(())
     }

@@ -34,7 +34,8 @@ use crate::{
 const COMMAND_LIMIT_SECONDS: &str = "30";
 
 /// How long the kernel may take to end a process after SIGKILL.
-const KILL_LIMIT: Duration = Duration::from_secs(30);
+/// A drain may take 30 s, and closing an inotify instance waits for the kernel: seconds on a busy machine.
+const END_LIMIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 pub struct Host {
@@ -242,13 +243,13 @@ impl Process {
     /// SIGKILL, and waits until it is gone.
     pub fn kill(mut self) -> Result<()> {
         self.signal(Signal::SIGKILL)?;
-        self.wait(KILL_LIMIT).map(drop)
+        self.wait().map(drop)
     }
 
-    /// SIGTERM, and waits until it is gone; fails if it does not end by itself with success within `limit`.
-    pub fn terminate(mut self, limit: Duration) -> Result<()> {
+    /// SIGTERM, and waits until it is gone; fails if it does not end by itself with success.
+    pub fn terminate(mut self) -> Result<()> {
         self.signal(Signal::SIGTERM)?;
-        let status = self.wait(limit)?;
+        let status = self.wait()?;
         let ended = status.success() || status.signal() == Some(Signal::SIGTERM as i32);
         ensure!(ended, "{} ended with {status}\n{}", self.name, tail(&self.log, 20));
         Ok(())
@@ -261,9 +262,9 @@ impl Process {
     }
 
     /// Waits for its end.
-    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+    pub fn wait(&mut self) -> Result<ExitStatus> {
         let child = self.child.as_mut().with_context(|| format!("{} has ended", self.name))?;
-        let status = reap(child, limit).with_context(|| self.name.clone())?;
+        let status = reap(child).with_context(|| self.name.clone())?;
         self.child = None;
         Ok(status)
     }
@@ -321,8 +322,8 @@ fn join<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-fn reap(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
-    wait_for("the end of a process", limit, || match child.try_wait() {
+fn reap(child: &mut Child) -> Result<ExitStatus> {
+    wait_for("the end of a process", END_LIMIT, || match child.try_wait() {
         Ok(Some(status)) => Ok(Ok(status)),
         Ok(None) => Err("it still runs".to_owned()),
         Err(error) => Ok(Err(error)),

@@ -36,7 +36,6 @@ const PORT: u16 = 8080;
 /// Between packets of numbered UDP.
 const INTERVAL: Duration = Duration::from_millis(1);
 const CONNECT_LIMIT: Duration = Duration::from_secs(60);
-const STOP_LIMIT: Duration = Duration::from_secs(10);
 const THROUGHPUT_TIME: Duration = Duration::from_secs(5);
 /// The range that `mn` offers later, and an address in it.
 const LATER_RANGE: &str = "10.43.0.0/16";
@@ -303,7 +302,7 @@ impl Demo<'_> {
 
     fn cleanup(&mut self, running: Vec<Running>, before: &[BTreeSet<String>]) -> Result<()> {
         self.begin("cleanup");
-        running.into_iter().try_for_each(|running| running.terminate(STOP_LIMIT))?;
+        running.into_iter().try_for_each(|running| running.terminate())?;
         for ((_, node), before) in self.lab.nodes().zip(before) {
             self.carrick.cleanup(node)?;
             let left = difference(before, &snapshot(node)?);

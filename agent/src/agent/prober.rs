@@ -1,8 +1,16 @@
 //! The prober's place in the agent: it runs on the maps of now, and is told whom to probe after each pass.
+//!
+//! It has a thread of its own: netlink and bpf(2) wait for the kernel's one lock over all links, which others may hold
+//! for seconds, and the word of a gateway lapses sooner.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::Future,
+    io,
+    thread::JoinHandle,
+};
 
-use tokio::{sync::watch, task::JoinHandle};
+use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
 use crate::{
@@ -26,37 +34,67 @@ pub(super) struct Probing {
     port: u16,
     wanted: watch::Sender<Option<Wanted>>,
     reports: watch::Sender<Option<Report>>,
-    task: Option<JoinHandle<()>>,
+    thread: Option<Thread>,
     counters: Option<Health>,
+}
+
+/// Ends with this value, within a step of the prober.
+#[derive(Debug)]
+struct Thread {
+    stop: Option<oneshot::Sender<()>>,
+    handle: Option<JoinHandle<()>>,
+}
+
+impl Thread {
+    fn start(prober: impl Future<Output = io::Result<()>> + Send + 'static) -> io::Result<Thread> {
+        let (stop, stopped) = oneshot::channel();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let work = async {
+            tokio::select! {
+                ended = prober => ended,
+                _ = stopped => Ok(()),
+            }
+        };
+        let run = move || match runtime.block_on(work) {
+            Ok(()) => info!("the prober ends"),
+            Err(error) => warn!(%error, "the prober failed; the next pass starts it again"),
+        };
+        let handle = std::thread::Builder::new().name("prober".to_owned()).spawn(run)?;
+        Ok(Thread { stop: Some(stop), handle: Some(handle) })
+    }
+
+    fn lives(&self) -> bool {
+        self.handle.as_ref().is_some_and(|handle| !handle.is_finished())
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        // Two probers must not write the same maps. One that has panicked has said so.
+        self.handle.take().map(JoinHandle::join);
+    }
 }
 
 impl Probing {
     pub(super) fn new(port: u16) -> (Probing, watch::Receiver<Option<Report>>) {
         let (reports, reported) = watch::channel(None);
-        (Probing { port, wanted: watch::Sender::new(None), reports, task: None, counters: None }, reported)
+        (Probing { port, wanted: watch::Sender::new(None), reports, thread: None, counters: None }, reported)
     }
 
     /// Whether these maps are the ones that are worked on.
     pub(super) fn works_on(&self, generation: Option<u32>) -> bool {
-        let alive = self.task.as_ref().is_some_and(|task| !task.is_finished());
+        let alive = self.thread.as_ref().is_some_and(Thread::lives);
         self.counters.as_ref().map(Health::generation) == generation && (alive || generation.is_none())
     }
 
     /// Goes over to other maps: one handle for the prober, one for status. What was wanted still is.
-    pub(super) fn work_on(&mut self, maps: Option<(Health, Health)>) {
-        if let Some(task) = self.task.take() {
-            task.abort();
-        }
-        self.counters = None;
-        let Some((maps, counters)) = maps else { return };
-        self.counters = Some(counters);
-        let (port, wanted, reports) = (self.port, self.wanted.subscribe(), self.reports.clone());
-        self.task = Some(tokio::spawn(async move {
-            match probe::run(maps, port, wanted, reports).await {
-                Ok(()) => info!("the prober ends"),
-                Err(error) => warn!(%error, "the prober failed; the next pass starts it again"),
-            }
-        }));
+    pub(super) fn work_on(&mut self, maps: Option<(Health, Health)>) -> io::Result<()> {
+        (self.thread, self.counters) = (None, None);
+        let Some((maps, counters)) = maps else { return Ok(()) };
+        let prober = probe::run(maps, self.port, self.wanted.subscribe(), self.reports.clone());
+        (self.thread, self.counters) = (Some(Thread::start(prober)?), Some(counters));
+        Ok(())
     }
 
     pub(super) fn want(&self, wanted: Option<Wanted>) {
@@ -68,12 +106,12 @@ impl Probing {
     }
 
     /// What the programs count, by way and by reason; an error is for status to show.
-    pub(super) fn counts(&self) -> std::io::Result<(Vec<SentStatus>, Vec<DropStatus>)> {
+    pub(super) fn counts(&self) -> io::Result<(Vec<SentStatus>, Vec<DropStatus>)> {
         Ok((self.sent()?, self.drops()?))
     }
 
     /// Packets by way.
-    fn sent(&self) -> std::io::Result<Vec<SentStatus>> {
+    fn sent(&self) -> io::Result<Vec<SentStatus>> {
         let Some(counters) = &self.counters else { return Ok(Vec::new()) };
         let slots = Ordinal::all().map(|slot| format!("slot {slot}"));
         let devices = Device::all().map(|device| device.to_string());
@@ -84,18 +122,10 @@ impl Probing {
         Ok(told.filter(|sent| sent.packets > 0).collect())
     }
 
-    fn drops(&self) -> std::io::Result<Vec<DropStatus>> {
+    fn drops(&self) -> io::Result<Vec<DropStatus>> {
         let Some(counters) = &self.counters else { return Ok(Vec::new()) };
         let drops = counters.drops()?.into_iter();
         Ok(drops.map(|(reason, packets)| DropStatus { reason: reason.as_str().to_owned(), packets }).collect())
-    }
-}
-
-impl Drop for Probing {
-    fn drop(&mut self) {
-        if let Some(task) = self.task.take() {
-            task.abort();
-        }
     }
 }
 

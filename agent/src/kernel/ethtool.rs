@@ -3,13 +3,9 @@
 //! Invariant: a feature is told by its name, since the bit that it has differs between kernels.
 #![allow(unsafe_code)]
 
-use std::{
-    io,
-    os::fd::{AsRawFd, OwnedFd},
-    sync::OnceLock,
-};
+use std::{io, sync::OnceLock};
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use crate::ifreq;
 
 /// UDP that is forwarded stays merged.
 pub(super) const UDP_GRO_FORWARDING: &str = "rx-udp-gro-forwarding";
@@ -83,19 +79,9 @@ fn names(device: &str) -> io::Result<&'static [String]> {
 
 /// One request: the kernel writes its answer over it, and never more than the lengths in it say.
 fn call(device: &str, words: &mut [u32]) -> io::Result<()> {
-    let socket: OwnedFd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    // SAFETY: integers and a pointer, for which zeros are valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    if device.len() >= request.ifr_name.len() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("no link can be called {device}")));
-    }
-    for (to, from) in request.ifr_name.iter_mut().zip(device.bytes()) {
-        *to = from.cast_signed();
-    }
-    request.ifr_ifru.ifru_data = words.as_mut_ptr().cast();
-    // SAFETY: the request names a device and points to words whose number is in them.
-    let code = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
-    if code < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    let value = ifreq::Union { ifru_data: words.as_mut_ptr().cast() };
+    // SAFETY: it points to words whose number is in them.
+    unsafe { ifreq::ask(device, SIOCETHTOOL, value) }.map(drop)
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use gotatun::{
 use ipnetwork::IpNetwork;
 use tokio::{
     sync::Notify,
-    task::{JoinError, JoinSet},
+    task::{JoinError, JoinSet, block_in_place},
 };
 use tun_rs::AsyncDevice;
 
@@ -117,9 +117,10 @@ impl Device {
     /// Makes or takes the TUN, binds the port and begins to move packets.
     pub(super) fn start(name: names::Device, port: u16, key: &PrivateKey) -> io::Result<Device> {
         let socket = bind(port)?;
-        let tun = tun::open(name).map_err(|err| with_context(&format!("TUN {name}"), err))?;
+        // Making a link waits for the lock over all of them; others' packets must not.
+        let tun = block_in_place(|| tun::open(name)).map_err(|err| with_context(&format!("TUN {name}"), err))?;
         let table = Table { identity: Identity::new(key), peers: BTreeMap::new(), owners: AllowedIps::default() };
-        let mtu = tun.mtu()?;
+        let mtu = tun::mtu(name)?;
         let shared = Arc::new(Shared {
             name,
             tun,
@@ -241,9 +242,9 @@ impl Device {
 
     /// Stops, and takes the link along.
     pub(super) async fn delete(self) -> io::Result<()> {
-        let unpersisted = tun::unpersist(&self.shared.tun);
+        let shared = self.shared.clone();
         self.stop().await;
-        unpersisted
+        block_in_place(move || tun::unpersist(&shared.tun))
     }
 }
 

@@ -21,6 +21,7 @@ use super::{
     gate::Load,
     offload::{self, Frame, Group},
     peer::Peer,
+    tun,
     udp::{Arena, Endpoint, Socket},
 };
 use crate::keys::PublicKey;
@@ -236,7 +237,7 @@ pub(super) async fn timers(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Erro
             () = tokio::time::sleep(TICK) => {}
             () = shared.due.notified() => {}
         }
-        match shared.tun.mtu() {
+        match tun::mtu(shared.name) {
             Ok(mtu) => shared.mtu.store(mtu, Ordering::Relaxed),
             Err(err) if is_gone(&err) => return err,
             Err(err) => tracing::debug!(device = %shared.name, %err, "MTU"),

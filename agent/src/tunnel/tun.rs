@@ -9,7 +9,7 @@ use std::{
 use tun_rs::{AsyncDevice, DeviceBuilder};
 
 use super::TunnelError;
-use crate::names::Device;
+use crate::{ifreq, names::Device};
 
 nix::ioctl_write_int!(tun_set_persist, b'T', 203);
 
@@ -33,6 +33,11 @@ pub(super) fn open(device: Device) -> io::Result<AsyncDevice> {
     tun.set_tx_queue_len(QUEUE)?;
     tun.persist()?;
     Ok(tun)
+}
+
+/// Bytes. Not tun-rs's own, which asks for the name first and so waits for the lock over all links.
+pub(super) fn mtu(device: Device) -> io::Result<u16> {
+    ifreq::mtu(&device.to_string())
 }
 
 /// Lets the link vanish with its last descriptor.

@@ -46,8 +46,8 @@ fn a_node_goes_off_and_comes_back() {
         wait_for("an answer", SOON, || flow.first_answer().ok_or_else(|| "none".to_owned()))?;
 
         lab.power_off(off)?;
-        inside.wait(SOON)?;
-        in_its_pod.wait(SOON)?;
+        inside.wait()?;
+        in_its_pod.wait()?;
         elsewhere.check_running()?;
         ensure!(!answers(&other.host, off.addresses[0])? && !answers(&off.host, other.addresses[0])?);
         let (answered, arrived) = (flow.answered(), stream.arrived());

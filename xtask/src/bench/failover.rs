@@ -39,7 +39,6 @@ const AFTER: Duration = Duration::from_secs(3);
 const LOOK: (Duration, u64) = (Duration::from_millis(500), 200);
 /// After an event: so many show that traffic is back.
 const ANSWERS: u64 = 100;
-const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -193,12 +192,12 @@ impl Bench {
             }
             (Kind::Drain, [node]) => {
                 carrick.drain(node)?;
-                self.joined.stop(&to, STOP_LIMIT)?;
+                self.joined.stop(&to)?;
                 let done = finish(flow)?;
                 (done, Some(self.mend(number, ways, || self.joined.start(&to))?))
             }
             (Kind::Restart, [_]) => {
-                self.joined.restart_agent(&to, STOP_LIMIT)?;
+                self.joined.restart_agent(&to)?;
                 self.joined.wait_connected()?;
                 (finish(flow)?, None)
             }

@@ -66,16 +66,16 @@ impl Joined {
     }
 
     /// Ends in order what runs on that node.
-    pub fn stop(&self, node: &str, limit: Duration) -> Result<()> {
+    pub fn stop(&self, node: &str) -> Result<()> {
         let running = self.running.borrow_mut().remove(node).with_context(|| format!("{node} runs nothing"))?;
-        running.terminate(limit)
+        running.terminate()
     }
 
     /// Ends the agent of that node in order, and starts another. The tunnel goes on.
-    pub fn restart_agent(&self, node: &str, limit: Duration) -> Result<()> {
+    pub fn restart_agent(&self, node: &str) -> Result<()> {
         let Running { tunnel, agent } =
             self.running.borrow_mut().remove(node).with_context(|| format!("{node} runs nothing"))?;
-        agent.terminate(limit)?;
+        agent.terminate()?;
         let (member, found) = self.node(node)?;
         let agent = self.carrick.start_agent(member, found, &self.mesh)?;
         self.running.borrow_mut().insert(node.to_owned(), Running { tunnel, agent });

@@ -14,7 +14,7 @@ use ::lab::{
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 
-use super::{CONNECT_LIMIT, Demo, PORT, STOP_LIMIT, describe, say};
+use super::{CONNECT_LIMIT, Demo, PORT, describe, say};
 use crate::bench::way;
 
 /// How long traffic runs before and after a fault.
@@ -114,7 +114,7 @@ impl<'a> Demo<'a> {
             let Running { agent, tunnel } = &mut running[at];
             for process in [agent].into_iter().chain(tunnel) {
                 process.signal(Signal::SIGTERM)?;
-                process.wait(STOP_LIMIT)?;
+                process.wait()?;
             }
             Ok(())
         })?;
@@ -125,7 +125,7 @@ impl<'a> Demo<'a> {
         self.under_traffic(name, Price::Nothing, |demo| {
             for ((member, node), Running { agent, .. }) in demo.lab.nodes().zip(running) {
                 agent.signal(Signal::SIGKILL)?;
-                agent.wait(STOP_LIMIT)?;
+                agent.wait()?;
                 *agent = carrick.start_agent(member, node, mesh)?;
             }
             demo.all_connected()
@@ -145,7 +145,7 @@ impl<'a> Demo<'a> {
             agent.signal(Signal::SIGSTOP)?;
             if let Some(tunnel) = tunnel {
                 tunnel.signal(Signal::SIGKILL)?;
-                tunnel.wait(STOP_LIMIT)?;
+                tunnel.wait()?;
             }
         }
         let answered = flow.answered();
