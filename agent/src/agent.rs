@@ -377,7 +377,7 @@ impl Agent {
         problems.extend(prober::problems(&view.intent, self.report.as_ref()));
         let members = prober::members(&view.intent, self.report.as_ref());
         let slot = view.intent.slot_of(&node_name(&self.args)).map(Ordinal::get);
-        let (sent, drops) = self.probing.counts().unwrap_or_else(|error| {
+        let (sent, network_plugin, drops) = self.probing.counts().unwrap_or_else(|error| {
             problems.push(format!("cannot read what the programs count: {error}"));
             Default::default()
         });
@@ -388,6 +388,7 @@ impl Agent {
             slot,
             drain: prober::drain(slot.is_some(), self.drain, self.report.as_ref()),
             native: natives(node),
+            network_plugin,
             members,
             sent,
             drops,

@@ -10,6 +10,7 @@ mod ethtool;
 pub mod events;
 pub mod facts;
 mod hop;
+pub(crate) mod ifreq;
 pub(crate) mod lease;
 mod link;
 pub mod nft;

@@ -31,7 +31,6 @@ pub mod plan;
 pub mod reconcile;
 pub mod state;
 
-mod ifreq;
 pub mod kernel;
 pub mod tunnel;
 

@@ -26,6 +26,8 @@ pub struct Status {
     pub drain: Drain,
     /// The devices by which this node reaches others.
     pub native: Vec<NativeStatus>,
+    /// How the network plugin's packets come to be steered, as they have shown.
+    pub network_plugin: NetworkPlugin,
     /// By which gateways each member is reached, as probes have found.
     pub members: Vec<MemberStatus>,
     pub peers: Vec<PeerStatus>,
@@ -59,6 +61,19 @@ pub enum Drain {
     Drained,
     /// After 30 s somebody still sends.
     OverTime,
+}
+
+/// How the network plugin brings the packets of this node's pods to where they are steered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum NetworkPlugin {
+    /// Nothing was sent to another member yet.
+    #[default]
+    Unknown,
+    /// It obeys the node's routes, which lead to `carrick-hop`.
+    Routes,
+    /// It goes past the node's routes: they are found on a native device.
+    Native,
 }
 
 /// One device by which this node reaches others.
@@ -139,24 +154,7 @@ impl Status {
     /// For people: a few lines, then a table of peers, then what is wrong.
     pub fn table(&self) -> String {
         let mut text = String::new();
-        let state = match (self.synced, self.ready) {
-            (false, _) => "waiting for its folder",
-            (true, false) => "not ready",
-            (true, true) if self.connected => "ready, connected",
-            (true, true) => "ready, not connected",
-        };
-        let role = self.slot.map_or("worker".to_owned(), |slot| format!("slot {slot}, {} WireGuard", self.wireguard));
-        line(&mut text, format_args!("{} on {}: {state} ({role})", self.cluster, self.node));
-        match self.drain {
-            Drain::NoGateway | Drain::Taking => {}
-            Drain::Draining => text.push_str("draining: others still send through this gateway\n"),
-            Drain::Drained => text.push_str("drained: nobody sends through this gateway\n"),
-            Drain::OverTime => text.push_str("draining: after 30 s others still send through this gateway\n"),
-        }
-        for native in &self.native {
-            let cuts = if native.tunnel_segmentation { "" } else { ", without tx-udp_tnl-segmentation" };
-            line(&mut text, format_args!("native device {}: mtu {}{cuts}", native.name, native.mtu));
-        }
+        self.show_node(&mut text);
         for member in &self.members {
             let ways = [("link to slot", &member.links), ("via slot", &member.via)].into_iter();
             let ways = ways.flat_map(|(what, slots)| slots.iter().map(move |slot| format!("{what} {slot}")));
@@ -207,6 +205,35 @@ impl Status {
             );
         }
         text
+    }
+
+    /// What this node is, and what it found.
+    fn show_node(&self, text: &mut String) {
+        let state = match (self.synced, self.ready) {
+            (false, _) => "waiting for its folder",
+            (true, false) => "not ready",
+            (true, true) if self.connected => "ready, connected",
+            (true, true) => "ready, not connected",
+        };
+        let role = self.slot.map_or("worker".to_owned(), |slot| format!("slot {slot}, {} WireGuard", self.wireguard));
+        line(text, format_args!("{} on {}: {state} ({role})", self.cluster, self.node));
+        match self.drain {
+            Drain::NoGateway | Drain::Taking => {}
+            Drain::Draining => text.push_str("draining: others still send through this gateway\n"),
+            Drain::Drained => text.push_str("drained: nobody sends through this gateway\n"),
+            Drain::OverTime => text.push_str("draining: after 30 s others still send through this gateway\n"),
+        }
+        for native in &self.native {
+            let cuts = if native.tunnel_segmentation { "" } else { ", without tx-udp_tnl-segmentation" };
+            line(text, format_args!("native device {}: mtu {}{cuts}", native.name, native.mtu));
+        }
+        match self.network_plugin {
+            NetworkPlugin::Unknown => {}
+            NetworkPlugin::Routes => text.push_str("network plugin: obeys the node's routes\n"),
+            NetworkPlugin::Native => {
+                text.push_str("network plugin: goes past the node's routes; steered on the native device\n");
+            }
+        }
     }
 }
 

@@ -229,7 +229,10 @@ pub mod sent {
     pub const FOR_NODES: u32 = 2 * SLOTS as u32;
     /// What peers send through this gateway, to its own pods or on over the hop.
     pub const FROM_PEERS: u32 = 3 * SLOTS as u32;
-    pub const LEN: u32 = FROM_PEERS + 1;
+    /// What was found on a native device: the network plugin had taken it past the node's routes. It is counted by the way
+    /// that it left by as well.
+    pub const PAST_ROUTES: u32 = FROM_PEERS + 1;
+    pub const LEN: u32 = PAST_ROUTES + 1;
 }
 
 /// Value of `SENT`: probes are not counted.

@@ -281,6 +281,8 @@ fn both_gateways_carry_traffic_and_workers_none(meshed: &mut Meshed<'_>) -> Resu
         };
         ensure!(ways.iter().all(|packets| *packets > 0), "{name}: {:?}", status.sent);
         ensure!((seen.tunnel > 0) == node.slot.is_some(), "{name}: {seen:?}");
+        let plugin = if member.cni == Cni::SkipFib { "native" } else { "routes" };
+        ensure!(status.network_plugin == plugin, "{name}: the network plugin is {}", status.network_plugin);
     }
     Ok(())
 }

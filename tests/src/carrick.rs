@@ -70,6 +70,8 @@ pub struct Status {
     pub ready: bool,
     pub connected: bool,
     pub peers: Vec<PeerStatus>,
+    /// `routes` or `native`; `unknown` while nothing was sent to another member.
+    pub network_plugin: String,
     pub members: Vec<MemberStatus>,
     /// Packets by the way that they left by.
     pub sent: Vec<Sent>,

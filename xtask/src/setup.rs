@@ -75,6 +75,7 @@ pub struct Need {
 }
 
 const LAB: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench];
+const GUESTS: &[For] = &[For::Test, For::Vm];
 const BUILD: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Vm];
 
 /// Everything, in the order in which it is got.
@@ -173,31 +174,31 @@ pub const NEEDS: &[Need] = &[
         what: What::Program("qemu-system-x86_64"),
         packages: Some(["qemu-system-x86", "qemu-system-x86", "qemu-system-x86"]),
         purpose: "runs the guests",
-        by: &[For::Vm],
+        by: GUESTS,
     },
     Need {
         what: What::Program("busybox"),
         packages: Some(["busybox-static", "busybox", "busybox"]),
         purpose: "the guests' own programs",
-        by: &[For::Vm],
+        by: GUESTS,
     },
     Need {
         what: What::Program("apt-get"),
         packages: Some(["apt", "apt", "apt"]),
         purpose: "fetches Debian's kernels for the guests; installs none",
-        by: &[For::Vm],
+        by: GUESTS,
     },
     Need {
         what: What::Program("dpkg-deb"),
         packages: Some(["dpkg", "dpkg", "dpkg"]),
         purpose: "unpacks the guests' kernels",
-        by: &[For::Vm],
+        by: GUESTS,
     },
     Need {
         what: What::Program("xz"),
         packages: Some(["xz-utils", "xz", "xz"]),
         purpose: "unpacks the guests' modules",
-        by: &[For::Vm],
+        by: GUESTS,
     },
     Need { what: What::Built(&tools::CARGO_DENY), packages: None, purpose: "the licence check", by: &[For::Test] },
     Need { what: What::Built(&tools::GOTATUN), packages: None, purpose: "is measured", by: &[For::Bench] },

@@ -59,15 +59,22 @@ const MODULES: [&str; 2] = ["net/sched/sch_ingress.ko", "net/sched/cls_bpf.ko"];
 /// True if every kernel took every program.
 pub fn run(args: &Args) -> Result<bool> {
     let Action::Load { kernels, cases } = &args.command;
+    let ended = load_on(kernels, *cases)?;
+    println!("{}", ended.output);
+    Ok(ended.success)
+}
+
+/// Loads the programs on each kernel and tries them with so many packets. A success if every kernel took every program.
+pub fn load_on(kernels: &[Version], cases: u32) -> Result<process::Ended> {
     let tests = build_tests()?;
-    let mut good = true;
+    let mut all = process::Ended { success: true, output: String::new() };
     for version in kernels {
         let kernel = Kernel::fetch(*version)?;
-        let ended = load(&kernel, &tests, *cases)?;
-        println!("Linux {}\n{}", kernel.release, said(&ended));
-        good &= ended.lines().any(|line| line.trim() == DONE);
+        let output = load(&kernel, &tests, cases)?;
+        all.success &= output.lines().any(|line| line.trim() == DONE);
+        all.output += &format!("Linux {}\n{}", kernel.release, said(&output));
     }
-    Ok(good)
+    Ok(all)
 }
 
 /// Builds the tests as `cargo xtask test` does, and says where they lie.

@@ -10,6 +10,7 @@ use std::{
     thread::JoinHandle,
 };
 
+use ebpf::Count;
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
@@ -22,7 +23,7 @@ use crate::{
     overlay::Overlay,
     probe::{self, Report, Wanted},
     state::State,
-    status::{self, DropStatus, MemberStatus, SentStatus},
+    status::{self, DropStatus, MemberStatus, NetworkPlugin, SentStatus},
 };
 
 /// The way of what came out of tunnels.
@@ -105,27 +106,35 @@ impl Probing {
         });
     }
 
-    /// What the programs count, by way and by reason; an error is for status to show.
-    pub(super) fn counts(&self) -> io::Result<(Vec<SentStatus>, Vec<DropStatus>)> {
-        Ok((self.sent()?, self.drops()?))
-    }
-
-    /// Packets by way.
-    fn sent(&self) -> io::Result<Vec<SentStatus>> {
-        let Some(counters) = &self.counters else { return Ok(Vec::new()) };
-        let slots = Ordinal::all().map(|slot| format!("slot {slot}"));
-        let devices = Device::all().map(|device| device.to_string());
-        let for_nodes = Device::all().map(|device| format!("{device} for other nodes"));
-        let ways = slots.chain(devices).chain(for_nodes).chain([FROM_PEERS.to_owned()]);
-        let told = ways.zip(counters.sent()?);
-        let told = told.map(|(way, count)| SentStatus { way, packets: count.packets, bytes: count.bytes });
-        Ok(told.filter(|sent| sent.packets > 0).collect())
-    }
-
-    fn drops(&self) -> io::Result<Vec<DropStatus>> {
-        let Some(counters) = &self.counters else { return Ok(Vec::new()) };
+    /// What the programs count, by way and by reason, and what that says of the network plugin; an error is for status to
+    /// show.
+    pub(super) fn counts(&self) -> io::Result<(Vec<SentStatus>, NetworkPlugin, Vec<DropStatus>)> {
+        let Some(counters) = &self.counters else { return Ok((Vec::new(), NetworkPlugin::Unknown, Vec::new())) };
+        let sent = counters.sent()?;
         let drops = counters.drops()?.into_iter();
-        Ok(drops.map(|(reason, packets)| DropStatus { reason: reason.as_str().to_owned(), packets }).collect())
+        let drops = drops.map(|(reason, packets)| DropStatus { reason: reason.as_str().to_owned(), packets });
+        Ok((by_way(&sent), network_plugin(&sent), drops.collect()))
+    }
+}
+
+/// Packets by way.
+fn by_way(sent: &[Count]) -> Vec<SentStatus> {
+    let slots = Ordinal::all().map(|slot| format!("slot {slot}"));
+    let devices = Device::all().map(|device| device.to_string());
+    let for_nodes = Device::all().map(|device| format!("{device} for other nodes"));
+    let ways = slots.chain(devices).chain(for_nodes).chain([FROM_PEERS.to_owned()]);
+    let told = ways.zip(sent).filter(|(_, count)| count.packets > 0);
+    told.map(|(way, count)| SentStatus { way, packets: count.packets, bytes: count.bytes }).collect()
+}
+
+/// How the packets of this node's pods come to be steered.
+fn network_plugin(sent: &[Count]) -> NetworkPlugin {
+    let [any, past_routes] = [0..ebpf::sent::FOR_NODES, ebpf::sent::PAST_ROUTES..ebpf::sent::LEN]
+        .map(|mut range| range.any(|index| sent[index as usize].packets > 0));
+    match (past_routes, any) {
+        (true, _) => NetworkPlugin::Native,
+        (false, true) => NetworkPlugin::Routes,
+        (false, false) => NetworkPlugin::Unknown,
     }
 }
 

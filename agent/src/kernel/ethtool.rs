@@ -5,7 +5,7 @@
 
 use std::{io, sync::OnceLock};
 
-use crate::ifreq;
+use super::ifreq;
 
 /// UDP that is forwarded stays merged.
 pub(super) const UDP_GRO_FORWARDING: &str = "rx-udp-gro-forwarding";

@@ -9,7 +9,7 @@ use std::{
 use tun_rs::{AsyncDevice, DeviceBuilder};
 
 use super::TunnelError;
-use crate::{ifreq, names::Device};
+use crate::{kernel::ifreq, names::Device};
 
 nix::ioctl_write_int!(tun_set_persist, b'T', 203);
 

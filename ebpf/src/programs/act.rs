@@ -6,7 +6,7 @@ use aya_ebpf::{
     bindings::{BPF_F_DONT_FRAGMENT, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key},
     helpers,
 };
-use ebpf::{Config, Reason, seen};
+use ebpf::{Config, Reason, seen, sent};
 
 use super::{
     Entry,
@@ -73,6 +73,9 @@ pub fn carry_out<E: Entry>(scene: Scene<'_>, decision: Decision) -> i32 {
         Ok(action) => {
             if verdict.sent != 0 {
                 maps::count_sent(verdict.sent - 1, verdict.packets, verdict.bytes);
+                if scene.place == Place::Native && scene.skb.ingress_ifindex() != 0 {
+                    maps::count_sent(sent::PAST_ROUTES, verdict.packets, verdict.bytes);
+                }
             }
             action
         }

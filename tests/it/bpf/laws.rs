@@ -6,7 +6,7 @@
 use std::{cell::RefCell, collections::BTreeMap, env};
 
 use agent::state::Program;
-use ebpf::{IDLE_NS, Reason, TRAFFIC_NS};
+use ebpf::{IDLE_NS, Reason, TRAFFIC_NS, sent};
 use nix::time::{ClockId, clock_gettime};
 use proptest::{
     collection::vec,
@@ -122,6 +122,9 @@ fn one_world(
             )));
         }
         expected.outcome(&outcome);
+        if program == Program::SteerNative && case.context.ingress_ifindex != 0 {
+            outcome.sent.iter().for_each(|sent| expected.send(sent::PAST_ROUTES, sent.packets, sent.bytes));
+        }
         outcomes.push(outcome);
     }
     let counted = loaded.maps.counters().map_err(failed)?.since(&before);

@@ -1,8 +1,8 @@
 //! The data plane beside the same tunnels with plain routes: throughput and round trips, in turns; and what a packet
 //! costs in `steer`.
 //!
-//! Both stand side by side for a whole run, and each round measures one after the other, so that a slow minute of the
-//! machine hits both. What is compared are the medians of the rounds' own ratios and differences.
+//! Both stand side by side for a whole run, and each round measures streams one after the other and round trips in turns,
+//! so that a slow minute of the machine hits both. What is compared are the medians of the rounds' own ratios and differences.
 
 use std::{path::Path, time::Duration};
 
@@ -130,8 +130,7 @@ fn take_turns(shape: &Shape, args: &Args, ours: &Joined, other: &Joined) -> Resu
         other.wait_reached(from, to)?;
         let mut pairs = Vec::new();
         for round in 1..=args.rounds {
-            let time = Duration::from_secs(args.seconds);
-            let pair = [one(ours, kind, time)?, one(other, kind, time)?];
+            let pair = both([ours, other], kind, Duration::from_secs(args.seconds))?;
             eprintln!("{}, round {round} of {}: {}", shape.name, args.rounds, kind.show(pair));
             pairs.push(pair);
         }
@@ -153,7 +152,7 @@ fn ways(ours: &Joined, kind: Kind) -> Result<[Way; 2]> {
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| match kind {
             Kind::Tcp { .. } => throughput(&from.host, &to.host, (to.ip(), PORT).into(), 1, 2 * time).map(drop),
-            Kind::RoundTrip => traffic::round_trips(from, to, ROUND_TRIPS).map(drop),
+            Kind::RoundTrip => traffic::round_trips(&[[from, to]], ROUND_TRIPS).map(drop),
         });
         let ways = way::taken(ours.clusters(), time, packets);
         sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
@@ -161,20 +160,26 @@ fn ways(ours: &Joined, kind: Kind) -> Result<[Way; 2]> {
     })
 }
 
-/// One measurement: bits per second, or microseconds.
-fn one(joined: &Joined, kind: Kind, time: Duration) -> Result<f64> {
+/// A round: bits per second one after the other, or microseconds in turns.
+fn both(joined: [&Joined; 2], kind: Kind, time: Duration) -> Result<[f64; 2]> {
     check_interrupted()?;
-    let [from, to] = pods(joined)?;
+    let [ours, other] = joined.map(pods);
+    let pairs = [ours?, other?];
     match kind {
         Kind::Tcp { streams } => {
-            let flow = throughput(&from.host, &to.host, (to.ip(), PORT).into(), streams, time)?;
-            ensure!(flow.bytes > 0, "no byte arrived in {:.1} s", flow.seconds);
-            Ok(flow.megabits_per_second() * 1e6)
+            let mut speeds = [0.0; 2];
+            for ([from, to], speed) in pairs.into_iter().zip(&mut speeds) {
+                let flow = throughput(&from.host, &to.host, (to.ip(), PORT).into(), streams, time)?;
+                ensure!(flow.bytes > 0, "no byte arrived in {:.1} s", flow.seconds);
+                *speed = flow.megabits_per_second() * 1e6;
+            }
+            Ok(speeds)
         }
         Kind::RoundTrip => {
-            traffic::round_trips(from, to, ROUND_TRIPS / 10)?;
-            let times = traffic::round_trips(from, to, ROUND_TRIPS)?;
-            Ok(median(times.iter().map(|time| time.as_secs_f64() * 1e6)))
+            traffic::round_trips(&pairs, ROUND_TRIPS / 10)?;
+            let times = traffic::round_trips(&pairs, ROUND_TRIPS)?;
+            let typical = |at: usize| median(times[at].iter().map(|time| time.as_secs_f64() * 1e6));
+            Ok([typical(0), typical(1)])
         }
     }
 }

@@ -130,34 +130,49 @@ pub fn answers(from: &Host, source: IpAddr, to: IpAddr) -> Result<()> {
     }
 }
 
-/// The times of so many UDP round trips from pod to pod, each begun when the one before has ended.
-pub fn round_trips(from: &Pod, to: &Pod, count: usize) -> Result<Vec<Duration>> {
-    let echo = to.host.run(|| Ok(UdpSocket::bind((to.ip(), 0))?))?;
-    let asker = from.host.run(|| Ok(UdpSocket::bind((from.ip(), 0))?))?;
-    asker.connect(echo.local_addr()?)?;
-    asker.set_read_timeout(Some(ROUND_TRIP_LIMIT))?;
-    echo.set_read_timeout(Some(ROUND_TRIP_LIMIT))?;
+/// The times of so many UDP round trips between each pair of pods, by pair. Each begins when the one before has ended, and
+/// the pairs take turns: whatever the machine does to one it does to the other.
+pub fn round_trips(pairs: &[[&Pod; 2]], count: usize) -> Result<Vec<Vec<Duration>>> {
+    let mut ends = Vec::new();
+    for [from, to] in pairs {
+        let echo = to.host.run(|| Ok(UdpSocket::bind((to.ip(), 0))?))?;
+        let asker = from.host.run(|| Ok(UdpSocket::bind((from.ip(), 0))?))?;
+        asker.connect(echo.local_addr()?)?;
+        asker.set_read_timeout(Some(ROUND_TRIP_LIMIT))?;
+        echo.set_read_timeout(Some(ROUND_TRIP_LIMIT))?;
+        ends.push((asker, echo));
+    }
     thread::scope(|scope| {
-        let echoing = scope.spawn(|| -> std::io::Result<()> {
-            let mut packet = [0; PAYLOAD];
-            for _ in 0..count {
-                let (length, asker) = echo.recv_from(&mut packet)?;
-                echo.send_to(&packet[..length], asker)?;
+        let echoing: Vec<_> = ends.iter().map(|(_, echo)| scope.spawn(|| answer(echo, count))).collect();
+        let mut times = vec![Vec::with_capacity(count); ends.len()];
+        let mut asked = Ok(());
+        for _ in 0..count {
+            for ((asker, _), times) in ends.iter().zip(&mut times) {
+                asked = asked.and_then(|()| ask(asker).map(|time| times.push(time)));
             }
-            Ok(())
-        });
-        let ask = || {
-            let sent = Instant::now();
-            asker.send(&[0; PAYLOAD])?;
-            asker.recv(&mut [0; PAYLOAD])?;
-            Ok(sent.elapsed())
-        };
-        let times: Result<Vec<_>> = (0..count).map(|_| ask()).collect();
-        let echoed = echoing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        let times = times.context("a round trip")?;
-        echoed.context("echo")?;
+        }
+        for thread in echoing {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).context("echo")?;
+        }
+        asked.context("a round trip")?;
         Ok(times)
     })
+}
+
+fn ask(asker: &UdpSocket) -> std::io::Result<Duration> {
+    let sent = Instant::now();
+    asker.send(&[0; PAYLOAD])?;
+    asker.recv(&mut [0; PAYLOAD])?;
+    Ok(sent.elapsed())
+}
+
+fn answer(echo: &UdpSocket, count: usize) -> std::io::Result<()> {
+    let mut packet = [0; PAYLOAD];
+    for _ in 0..count {
+        let (length, asker) = echo.recv_from(&mut packet)?;
+        echo.send_to(&packet[..length], asker)?;
+    }
+    Ok(())
 }
 
 /// User and system time of these processes, all threads.

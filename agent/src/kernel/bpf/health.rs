@@ -116,7 +116,8 @@ impl HealthMaps for Health {
     }
 
     fn passed_on(&self) -> io::Result<u64> {
-        Ok(self.sent()?[sent::FOR_NODES as usize..].iter().map(|count| count.packets).sum())
+        let passed_on = sent::FOR_NODES as usize..=sent::FROM_PEERS as usize;
+        Ok(self.sent()?[passed_on].iter().map(|count| count.packets).sum())
     }
 
     fn wake_fd(&self) -> BorrowedFd<'_> {

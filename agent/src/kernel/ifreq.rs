@@ -9,7 +9,7 @@ use std::{
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 /// What a request says beside the name, and what its answer says.
-pub type Union = libc::__c_anonymous_ifr_ifru;
+pub(crate) type Union = libc::__c_anonymous_ifr_ifru;
 
 /// Asks the kernel of the link with that name in this network namespace, and returns its answer. `InvalidInput` for a
 /// name that no link can have.
@@ -17,7 +17,7 @@ pub type Union = libc::__c_anonymous_ifr_ifru;
 /// # Safety
 ///
 /// `value` holds what `code` takes there: a pointer is valid for what the kernel reads and writes.
-pub unsafe fn ask(link: &str, code: libc::Ioctl, value: Union) -> io::Result<Union> {
+pub(crate) unsafe fn ask(link: &str, code: libc::Ioctl, value: Union) -> io::Result<Union> {
     let socket: OwnedFd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     // SAFETY: integers and a pointer, for which zeros are valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -34,7 +34,7 @@ pub unsafe fn ask(link: &str, code: libc::Ioctl, value: Union) -> io::Result<Uni
 }
 
 /// The MTU of a link, bytes. Does not wait for the lock over all links (`dev_ioctl`), unlike TUNGETIFF.
-pub fn mtu(link: &str) -> io::Result<u16> {
+pub(crate) fn mtu(link: &str) -> io::Result<u16> {
     // SAFETY: SIOCGIFMTU takes nothing and answers with an integer.
     let bytes = unsafe { ask(link, libc::SIOCGIFMTU, Union { ifru_mtu: 0 })?.ifru_mtu };
     Ok(u16::try_from(bytes).unwrap_or(u16::MAX))
