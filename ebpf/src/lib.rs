@@ -162,7 +162,10 @@ pub struct Reach {
     /// Bytes of an inner packet that reach the member's pods whatever the way; on a worker, that reach its own gateways,
     /// which know the rest; 0: not known.
     pub mtu: u16,
-    pub zero: u32,
+    /// Where `links` is 0: those that were the last. What other nodes sent here, not knowing yet, goes by these; it cannot
+    /// go by the hop again.
+    pub kept: u8,
+    pub zero: [u8; 3],
 }
 
 /// The first value of `ANSWER`: what this node's probe answers say. The prober alone writes it. The second is never

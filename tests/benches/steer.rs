@@ -135,7 +135,7 @@ impl Bench {
     }
 }
 
-const REACH: Reach = Reach { via: 0, links: 0, mtu: 1420, zero: 0 };
+const REACH: Reach = Reach { via: 0, links: 0, mtu: 1420, kept: 0, zero: [0; 3] };
 
 fn config(slot: u8) -> Config {
     let node = |last| Addr::v4([192, 0, 2, last]);

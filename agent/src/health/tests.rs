@@ -493,6 +493,8 @@ proptest! {
         // Without any, those of the other gateways are left: without those, too, the last set would stay.
         prop_assert_eq!(reach.links, all & !cut);
         prop_assert_ne!(reach.via, 0);
+        // Others send here until they know.
+        prop_assert_eq!(reach.kept, if cut == all { all } else { 0 });
         prop_assert_eq!(claims(&sim.health(8).verdict().answer.members, member(2)), all != cut);
 
         sim.dead.clear();
@@ -726,7 +728,7 @@ proptest! {
             Drain::Quiet => {
                 prop_assert!(counted && took >= seconds(7) && sim.now - last >= seconds(2), "{took:?}");
                 sim.run(seconds(1));
-                prop_assert_eq!(sim.reach(0, 2), Reach { via: 0b10, links: 0, mtu: TUNNEL_MTU, zero: 0 });
+                prop_assert_eq!(sim.reach(0, 2), Reach { via: 0b10, links: 0, mtu: TUNNEL_MTU, kept: 1, zero: [0; 3] });
             }
             state => prop_assert!(state == Drain::GaveUp && took >= seconds(30) && took < seconds(31), "{took:?}"),
         }

@@ -7,7 +7,7 @@
 //! 2. If both are empty, whatever only its hold-down keeps out comes back at once.
 //! 3. If both still are, no way is known, and the last set stays, with what went out within the second before: dropping
 //!    everything helps nobody, and it may be the prober that is at fault. Otherwise the set is what is known, also
-//!    where `links` becomes 0: then `steer` takes `via`.
+//!    where `links` becomes 0: then `steer` takes `via`, and what others still send here goes by the last `links`, `kept`.
 //! 4. A gateway claims a member exactly if it has a link to it that works. A claim is never kept: whoever reads it keeps
 //!    its own last set, so false modesty of all gateways changes nothing, while a false claim would hold traffic that
 //!    another gateway could carry.
@@ -155,17 +155,20 @@ impl Scene<'_> {
             return Reach { via: via.known, ..Reach::default() };
         }
         if links.up | via.up == 0 {
-            return Reach { via: via.kept(last.via), links: links.kept(last.links), ..last };
+            let kept = last.kept & links.known;
+            return Reach { via: via.kept(last.via), links: links.kept(last.links), kept, ..last };
         }
+        let kept = links.kept(last.links | last.kept);
         let via = via.best();
         let links = if self.drained && via != 0 { 0 } else { links.best() };
+        let kept = if links == 0 { kept } else { 0 };
         let sizes = bits(if links != 0 { links } else { via }).filter_map(|slot| {
             let target = if links != 0 { Target::Remote(member, slot) } else { Target::Own(slot) };
             self.watched.get(&target).map(|watched| watched.mtu())
         });
         // By whichever gateway it goes, it goes through a tunnel: what that one carries, the gateway itself sees to.
         let mtu = sizes.min().map_or(0, |mtu| mtu.min(self.targets.tunnel_mtu));
-        Reach { via, links, mtu, zero: 0 }
+        Reach { via, links, mtu, kept, zero: [0; 3] }
     }
 
     /// The candidates for `links` and for `via`.

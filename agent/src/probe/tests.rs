@@ -172,7 +172,7 @@ fn the_maps_follow_what_answers_and_only_what_differs_is_written() {
         sh(&format!("ip address add {}/128 dev lo nodad", address(100)));
         until("both gateways", || via(&running) == 0b11).await;
         until("no problem", || !problem()).await;
-        let reach = Reach { via: 0b11, links: 0, mtu: 1400, zero: 0 };
+        let reach = Reach { via: 0b11, links: 0, mtu: 1400, ..Reach::default() };
         until("the size", || running.held.lock().unwrap().reach.get(&member(2)) == Some(&reach)).await;
 
         let before = stood_by();

@@ -224,9 +224,10 @@ fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, offer: Off
     let hop = hops == Hops::Last;
     let own = if config.slot < SLOTS { 1 << config.slot } else { 0 };
     let others = reach.via & !own;
+    let links = if hop && reach.links == 0 { reach.kept } else { reach.links };
     if config.slot != NO_SLOT
         && (hop || others == 0 || maps::is_probed())
-        && let Some(slot) = chosen(packet, reach.links)
+        && let Some(slot) = chosen(packet, links)
     {
         let first = if hop { sent::FOR_NODES } else { sent::DEVICE };
         return Ok(device(config, slot)?.as_hop(hop).counted(first + u32::from(slot), wire));

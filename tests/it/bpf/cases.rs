@@ -456,7 +456,7 @@ pub fn empty(slot: u8) -> Config {
 fn reach() -> impl Strategy<Value = Reach> {
     let bits = || prop_oneof![1 => Just(0), 3 => any::<u8>()];
     let mtu = prop_oneof![2 => Just(0), 3 => select(LIMITS.to_vec())];
-    (bits(), bits(), mtu).prop_map(|(via, links, mtu)| Reach { via, links, mtu, zero: 0 })
+    (bits(), bits(), bits(), mtu).prop_map(|(via, links, kept, mtu)| Reach { via, links, mtu, kept, zero: [0; 3] })
 }
 
 fn answer() -> impl Strategy<Value = Answer> {

@@ -131,8 +131,8 @@ fn show(addr: Addr) -> String {
 /// Slot 0, which reaches slot 1 of member 2; slot 1 of its own cluster reaches members 2 and 3.
 fn gateway() -> World {
     let mut world = whole(0);
-    world.health.insert(2, Reach { via: 0b10, links: 0b10, mtu: 1380, zero: 0 });
-    world.health.insert(3, Reach { via: 0b10, links: 0, mtu: 0, zero: 0 });
+    world.health.insert(2, Reach { via: 0b10, links: 0b10, mtu: 1380, ..Reach::default() });
+    world.health.insert(3, Reach { via: 0b10, links: 0, mtu: 0, ..Reach::default() });
     world
 }
 
@@ -183,7 +183,7 @@ fn steer() {
     table.node("a gateway", &gateway(), rows);
     table.node("a worker", &worker(), ways_out());
     let mut alone = World { probed: false, ..gateway() };
-    alone.health.insert(4095, Reach { via: 0, links: 0b10, mtu: 1380, zero: 0 });
+    alone.health.insert(4095, Reach { via: 0, links: 0b10, mtu: 1380, ..Reach::default() });
     let rows = vec![row("what others reach, too", POD, FAR), row("what nobody else reaches", POD, "10.46.7.3")];
     table.node("a gateway whose prober is away", &alone, rows);
     table.is(expect![[r#"

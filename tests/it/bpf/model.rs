@@ -486,11 +486,12 @@ impl Seen<'_> {
         let nobody = |reason| dropped(reason, self.context);
         let own = 1_u8.checked_shl(u32::from(config.slot)).unwrap_or(0);
         let others = reach.via & !own;
+        let links = if from == From::Worker && reach.links == 0 { reach.kept } else { reach.links };
         // Where nobody measures the own links, others know better, if there are any.
         let trusted = world.probed || from == From::Worker || others == 0;
         if world.is_gateway()
             && trusted
-            && let Some(slot) = ebpf::choose(self.ip.flow(), reach.links)
+            && let Some(slot) = ebpf::choose(self.ip.flow(), links)
         {
             let first = if from == From::Worker { sent::FOR_NODES } else { sent::DEVICE };
             let sent = self.sent(first + u32::from(slot));

@@ -773,7 +773,7 @@ fn health_is_read_and_written_beside_the_passes() {
         settle(&place, &mut bpf, &gateway()).await;
         let mut health = bpf.health().unwrap().unwrap();
         let member = |id| MemberId::new(id).unwrap();
-        let reach = |via| ebpf::Reach { via, links: 1, mtu: 1420, zero: 0 };
+        let reach = |via| ebpf::Reach { via, links: 1, mtu: 1420, ..ebpf::Reach::default() };
         assert_eq!(health.read_reach().unwrap(), BTreeMap::new());
         health.write_reach(member(1), reach(3)).unwrap();
         health.write_reach(member(4095), reach(4)).unwrap();
