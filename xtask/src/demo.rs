@@ -302,7 +302,7 @@ impl Demo<'_> {
 
     fn cleanup(&mut self, running: Vec<Running>, before: &[BTreeSet<String>]) -> Result<()> {
         self.begin("cleanup");
-        running.into_iter().try_for_each(|running| running.terminate())?;
+        running.into_iter().try_for_each(Running::terminate)?;
         for ((_, node), before) in self.lab.nodes().zip(before) {
             self.carrick.cleanup(node)?;
             let left = difference(before, &snapshot(node)?);

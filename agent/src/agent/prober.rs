@@ -1,17 +1,16 @@
 //! The prober's place in the agent: it runs on the maps of now, and is told whom to probe after each pass.
 //!
-//! It has a thread of its own: netlink and bpf(2) wait for the kernel's one lock over all links, which others may hold
-//! for seconds, and the word of a gateway lapses sooner.
+//! It has a thread of its own: what a pass asks of links and of the programs at them waits for the kernel's one lock over
+//! all links, which others may hold for seconds, and the word of a gateway lapses sooner.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    future::Future,
     io,
     thread::JoinHandle,
 };
 
 use ebpf::Count;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::{
@@ -35,46 +34,9 @@ pub(super) struct Probing {
     port: u16,
     wanted: watch::Sender<Option<Wanted>>,
     reports: watch::Sender<Option<Report>>,
-    thread: Option<Thread>,
+    /// Ends with the sender of what is wanted, within a step.
+    thread: Option<JoinHandle<()>>,
     counters: Option<Health>,
-}
-
-/// Ends with this value, within a step of the prober.
-#[derive(Debug)]
-struct Thread {
-    stop: Option<oneshot::Sender<()>>,
-    handle: Option<JoinHandle<()>>,
-}
-
-impl Thread {
-    fn start(prober: impl Future<Output = io::Result<()>> + Send + 'static) -> io::Result<Thread> {
-        let (stop, stopped) = oneshot::channel();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let work = async {
-            tokio::select! {
-                ended = prober => ended,
-                _ = stopped => Ok(()),
-            }
-        };
-        let run = move || match runtime.block_on(work) {
-            Ok(()) => info!("the prober ends"),
-            Err(error) => warn!(%error, "the prober failed; the next pass starts it again"),
-        };
-        let handle = std::thread::Builder::new().name("prober".to_owned()).spawn(run)?;
-        Ok(Thread { stop: Some(stop), handle: Some(handle) })
-    }
-
-    fn lives(&self) -> bool {
-        self.handle.as_ref().is_some_and(|handle| !handle.is_finished())
-    }
-}
-
-impl Drop for Thread {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        // Two probers must not write the same maps. One that has panicked has said so.
-        self.handle.take().map(JoinHandle::join);
-    }
 }
 
 impl Probing {
@@ -85,17 +47,32 @@ impl Probing {
 
     /// Whether these maps are the ones that are worked on.
     pub(super) fn works_on(&self, generation: Option<u32>) -> bool {
-        let alive = self.thread.as_ref().is_some_and(Thread::lives);
+        let alive = self.thread.as_ref().is_some_and(|thread| !thread.is_finished());
         self.counters.as_ref().map(Health::generation) == generation && (alive || generation.is_none())
     }
 
     /// Goes over to other maps: one handle for the prober, one for status. What was wanted still is.
     pub(super) fn work_on(&mut self, maps: Option<(Health, Health)>) -> io::Result<()> {
-        (self.thread, self.counters) = (None, None);
+        self.stop();
         let Some((maps, counters)) = maps else { return Ok(()) };
         let prober = probe::run(maps, self.port, self.wanted.subscribe(), self.reports.clone());
-        (self.thread, self.counters) = (Some(Thread::start(prober)?), Some(counters));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let run = move || match runtime.block_on(prober) {
+            Ok(()) => info!("the prober ends"),
+            Err(error) => warn!(%error, "the prober failed; the next pass starts it again"),
+        };
+        self.thread = Some(std::thread::Builder::new().name("prober".to_owned()).spawn(run)?);
+        self.counters = Some(counters);
         Ok(())
+    }
+
+    /// Two probers must not write the same maps: waits until this one has ended.
+    fn stop(&mut self) {
+        let wanted = self.wanted.borrow().clone();
+        self.wanted = watch::Sender::new(wanted);
+        // One that has panicked has said so.
+        self.thread.take().map(JoinHandle::join);
+        self.counters = None;
     }
 
     pub(super) fn want(&self, wanted: Option<Wanted>) {
@@ -114,6 +91,12 @@ impl Probing {
         let drops = counters.drops()?.into_iter();
         let drops = drops.map(|(reason, packets)| DropStatus { reason: reason.as_str().to_owned(), packets });
         Ok((by_way(&sent), network_plugin(&sent), drops.collect()))
+    }
+}
+
+impl Drop for Probing {
+    fn drop(&mut self) {
+        self.stop();
     }
 }
 

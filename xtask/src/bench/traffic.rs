@@ -145,16 +145,15 @@ pub fn round_trips(pairs: &[[&Pod; 2]], count: usize) -> Result<Vec<Vec<Duration
     thread::scope(|scope| {
         let echoing: Vec<_> = ends.iter().map(|(_, echo)| scope.spawn(|| answer(echo, count))).collect();
         let mut times = vec![Vec::with_capacity(count); ends.len()];
-        let mut asked = Ok(());
-        for _ in 0..count {
-            for ((asker, _), times) in ends.iter().zip(&mut times) {
-                asked = asked.and_then(|()| ask(asker).map(|time| times.push(time)));
-            }
-        }
-        for thread in echoing {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).context("echo")?;
-        }
+        let mut turns = (0..count).flat_map(|_| ends.iter().enumerate());
+        let asked = turns.try_for_each(|(pair, (asker, _))| ask(asker).map(|time| times[pair].push(time)));
+        let join = |thread: thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        let echoed: std::io::Result<Vec<()>> = echoing.into_iter().map(join).collect();
+        // A question without an answer is why the other side waits in vain.
         asked.context("a round trip")?;
+        echoed.context("echo")?;
         Ok(times)
     })
 }
