@@ -40,9 +40,9 @@ fn to(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
     (address.into(), port).into()
 }
 
-/// A probe answer that claims every member, or with another magic.
+/// A probe answer that says that no member is reached, or with another magic.
 fn answer(magic: &[u8; 4]) -> Vec<u8> {
-    let mut answer = vec![0xff; ebpf::probe::LEN];
+    let mut answer = vec![0; ebpf::probe::LEN];
     answer[..4].copy_from_slice(magic);
     answer[ebpf::probe::TYPE] = ebpf::probe::ANSWER;
     answer

@@ -109,6 +109,7 @@ impl Meshed<'_> {
 
     /// A gateway whose programs ended, until everything is as before.
     fn start_again(&mut self, name: &str) -> Result<()> {
+        self.running.get_mut(name).map_or(Ok(()), Running::wait_gone)?;
         let node = self.named(name)?;
         let running = self.carrick.start(self.lab.member_of(node)?, node, &self.mesh)?;
         self.running.insert(name.to_owned(), running);
@@ -116,10 +117,7 @@ impl Meshed<'_> {
     }
 
     pub(crate) fn connected(&self) -> Result<()> {
-        for (member, node) in self.lab.nodes() {
-            let other = if member.name == "mn" { "va" } else { "mn" };
-            self.carrick.wait_connected(node, &[other], CONNECT_LIMIT)?;
-        }
+        self.carrick.wait_whole(&self.lab.clusters)?;
         wait_for("every pod to reach every remote pod", SOON, || match self.unreached() {
             Ok(unreached) if unreached.is_empty() => Ok(()),
             Ok(unreached) => Err(unreached.join(", ")),

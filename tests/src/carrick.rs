@@ -30,6 +30,9 @@ pub const HOP_PORT: u16 = 27472;
 /// A peer counts as connected while its last handshake is younger than this, in seconds: then WireGuard itself refuses it.
 const HANDSHAKE_LIMIT: f64 = 180.0;
 
+/// How long everything may take to be whole again. A gateway that failed often is taken back late.
+pub const WHOLE_LIMIT: Duration = Duration::from_secs(180);
+
 /// A built `carrick`.
 #[derive(Clone, Debug)]
 pub struct Carrick {
@@ -54,6 +57,12 @@ impl Running {
     pub fn detach(self) {
         self.agent.detach();
         self.tunnel.into_iter().for_each(Process::detach);
+    }
+
+    /// Waits until both are gone: somebody has ended them. Only then can others take their place.
+    pub fn wait_gone(&mut self) -> Result<()> {
+        let both = [&mut self.agent].into_iter().chain(&mut self.tunnel);
+        both.filter(|process| process.pid().is_some()).try_for_each(|process| process.wait().map(drop))
     }
 
     /// SIGTERM to both, and waits until they are gone; fails if they do not end by themselves within `limit`.
@@ -224,6 +233,32 @@ impl Carrick {
             let there = status.ready && status.connected && whole && connected == wanted;
             if there { Ok(status.clone()) } else { Err(format!("{status:?}")) }
         })
+    }
+
+    /// Waits until every node is connected to every other member, by every way that there is.
+    pub fn wait_whole(&self, clusters: &[Cluster]) -> Result<()> {
+        for own in clusters {
+            let others = || clusters.iter().filter(|other| other.member.name != own.member.name);
+            let names: Vec<&str> = others().map(|other| other.member.name.as_str()).collect();
+            for node in &own.nodes {
+                self.wait_connected(node, &names, WHOLE_LIMIT)?;
+                wait_for(&format!("every way from {}", node.host.name()), WHOLE_LIMIT, || {
+                    others().try_for_each(|other| self.has_every_way(own, node, other))
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a node's probes have found each way to another member: by every gateway of its own that is another node and,
+    /// on a gateway, to every one of that member.
+    pub fn has_every_way(&self, own: &Cluster, node: &Node, other: &Cluster) -> Result<(), String> {
+        let slots = |cluster: &Cluster| cluster.gateways().map(|(_, slot)| slot).collect::<Vec<_>>();
+        let via = slots(own).into_iter().filter(|slot| Some(*slot) != node.slot).collect();
+        let links = node.slot.map_or_else(Vec::new, |_| slots(other));
+        let every = MemberStatus { member: other.member.name.clone(), via, links };
+        let status = self.status(node).map_err(|error| format!("{error:#}"))?;
+        if status.members.contains(&every) { Ok(()) } else { Err(format!("{:?}, not {every:?}", status.members)) }
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result};
 use lab::{
     Cni, Member, Node, Pod,
-    carrick::{DEVICES, TUNNEL_PORT},
+    carrick::{DEVICES, TUNNEL_PORT, WHOLE_LIMIT},
     faults::{Fault, Traffic},
     traffic::udp::{Count, Flow},
     wait_for,
@@ -24,7 +24,7 @@ use lab::{
 pub use self::log::{Event, Kind, Log, Subject};
 use self::log::{LogFile, Mended};
 use super::{
-    joined::{JOIN_LIMIT, Joined},
+    joined::Joined,
     report::{self, Output},
     way::{self, Way},
 };
@@ -231,7 +231,7 @@ impl Bench {
         let start = Instant::now();
         mend()?;
         self.joined.wait_connected()?;
-        wait_for("the old way", JOIN_LIMIT, || {
+        wait_for("the old way", WHOLE_LIMIT, || {
             check_interrupted().map_err(|error| error.to_string())?;
             let now = self.ways().map_err(|error| format!("{error:#}"))?;
             if now == ways { Ok(()) } else { Err(format!("{now:?}, before {ways:?}")) }
@@ -246,7 +246,7 @@ impl Bench {
 fn finish(flow: Flow) -> Result<Count> {
     sleep(AFTER);
     let before = flow.answered();
-    wait_for("answers", JOIN_LIMIT, || {
+    wait_for("answers", WHOLE_LIMIT, || {
         check_interrupted().map_err(|error| error.to_string())?;
         let answered = flow.answered() - before;
         if answered >= ANSWERS { Ok(()) } else { Err(format!("{answered} answers")) }

@@ -1,16 +1,18 @@
 //! Two members of the lab that Carrick has joined, for as long as a benchmark needs them.
 
-use std::{cell::RefCell, collections::BTreeMap, path::Path, time::Duration};
+use std::{cell::RefCell, collections::BTreeMap, path::Path};
 
 use anyhow::{Context, Result};
-use lab::{Carrick, Lab, Member, Mesh, Node, Pod, carrick::Running, guard::Guard, topology::Cluster, wait_for};
-use serde::Deserialize;
+use lab::{
+    Carrick, Lab, Member, Mesh, Node, Pod,
+    carrick::{Running, WHOLE_LIMIT},
+    guard::Guard,
+    topology::Cluster,
+    wait_for,
+};
 
 use super::traffic;
 use crate::{lab::end_on_interrupt, process::check_interrupted};
-
-/// How long everything may take to be connected, after a start or a repair. A gateway that failed often is taken back late.
-pub const JOIN_LIMIT: Duration = Duration::from_secs(180);
 
 /// Ends, with everything that runs in it, with this value.
 #[derive(Debug)]
@@ -105,58 +107,22 @@ impl Joined {
             for node in &cluster.nodes {
                 check_interrupted()?;
                 let other_name = other.member.name.as_str();
-                self.carrick.wait_connected(node, &[other_name], JOIN_LIMIT)?;
-                let links = if node.slot.is_some() { slots(other, None) } else { Vec::new() };
-                let ways = Ways { via: slots(cluster, node.slot), links };
-                wait_for(&format!("every way from {} to {other_name}", node.host.name()), JOIN_LIMIT, || {
+                self.carrick.wait_connected(node, &[other_name], WHOLE_LIMIT)?;
+                wait_for(&format!("every way from {} to {other_name}", node.host.name()), WHOLE_LIMIT, || {
                     check_interrupted().map_err(|error| error.to_string())?;
-                    let found = self.found(node, other_name).map_err(|error| format!("{error:#}"))?;
-                    if found == ways { Ok(()) } else { Err(format!("{found:?}, not {ways:?}")) }
+                    self.carrick.has_every_way(cluster, node, other)
                 })?;
             }
         }
         Ok(())
     }
 
-    /// The ways to a member that a node's probes have found.
-    fn found(&self, node: &Node, member: &str) -> Result<Ways> {
-        let text = node.host.output(self.carrick.path(), &["status", "-o", "json"])?;
-        let status: Status = serde_json::from_str(&text).with_context(|| text.clone())?;
-        let found = status.members.into_iter().find(|one| one.member == member);
-        Ok(found.with_context(|| format!("{} does not know {member}", node.host.name()))?.ways)
-    }
-
     /// Waits until a packet gets from one pod to the other, and its answer back.
     pub fn wait_reached(&self, from: &Pod, to: &Pod) -> Result<()> {
         let what = format!("an answer from {} to {}", to.host.name(), from.host.name());
-        wait_for(&what, JOIN_LIMIT, || {
+        wait_for(&what, WHOLE_LIMIT, || {
             check_interrupted().map_err(|error| error.to_string())?;
             traffic::answers(&from.host, from.ip(), to.ip()).map_err(|error| format!("{error:#}"))
         })
     }
-}
-
-/// The slots of a member, but for that one.
-fn slots(cluster: &Cluster, but: Option<u8>) -> Vec<u8> {
-    cluster.gateways().map(|(_, slot)| slot).filter(|slot| Some(*slot) != but).collect()
-}
-
-/// The part of `carrick status -o json` that is looked at here.
-#[derive(Debug, Deserialize)]
-struct Status {
-    members: Vec<Found>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Found {
-    member: String,
-    #[serde(flatten)]
-    ways: Ways,
-}
-
-/// Slots by which a member is reached: of other nodes of the own one, and of that member itself.
-#[derive(Debug, PartialEq, Eq, Deserialize)]
-struct Ways {
-    via: Vec<u8>,
-    links: Vec<u8>,
 }

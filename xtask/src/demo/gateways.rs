@@ -189,19 +189,15 @@ impl<'a> Demo<'a> {
 
     fn start_again(&self, name: &str, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
         let at = self.place(name)?;
+        running[at].wait_gone()?;
         let (member, node) = self.lab.nodes().nth(at).context("a node")?;
         running[at] = self.carrick.start(member, node, mesh)?;
         self.all_connected()
     }
 
-    /// Until every node of both members says so.
+    /// Until every node of both members says so, of every way.
     pub(super) fn all_connected(&self) -> Result<()> {
-        for (member, node) in self.lab.nodes() {
-            let others: Vec<&str> = self.lab.clusters.iter().map(|cluster| cluster.member.name.as_str()).collect();
-            let others: Vec<&str> = others.into_iter().filter(|other| *other != member.name).collect();
-            self.carrick.wait_connected(node, &others, CONNECT_LIMIT)?;
-        }
-        Ok(())
+        self.carrick.wait_whole(&self.lab.clusters)
     }
 
     /// Another file with the program in it: what an upgrade runs, unless one was given.
