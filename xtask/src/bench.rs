@@ -8,12 +8,14 @@ mod implementation;
 mod joined;
 mod plain;
 mod plot;
+mod processor;
 mod report;
 mod saved;
 mod statistics;
 mod steer;
 mod traffic;
 mod tunnel;
+mod vxlan;
 pub mod way;
 
 use std::path::PathBuf;

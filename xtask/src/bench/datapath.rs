@@ -1,8 +1,9 @@
 //! The data plane beside the same tunnels with plain routes: throughput and round trips, in turns; and what a packet
 //! costs in `steer`.
 //!
-//! Both stand side by side for a whole run, and each round measures streams one after the other and round trips in turns,
-//! so that a slow minute of the machine hits both. What is compared are the medians of the rounds' own ratios and differences.
+//! Both stand side by side for a whole run, and each round measures streams one after the other and round trips in turns
+//! on one processor, so that a slow minute of the machine hits both. What is compared are the medians of the rounds' own
+//! ratios and differences.
 
 use std::{path::Path, time::Duration};
 
@@ -12,10 +13,11 @@ use lab::{Cni, Member, Pod, traffic::tcp::throughput};
 use super::{
     joined::Joined,
     plain,
+    processor::OnOne,
     report::{self, Budget, Measured, Output},
     saved::{self, Machine},
     statistics::median,
-    steer, traffic,
+    steer, traffic, vxlan,
     way::{self, Way},
 };
 use crate::process::check_interrupted;
@@ -67,6 +69,7 @@ pub fn run(args: &Args, carrick: &Path) -> Result<bool> {
         for shape in &SHAPES {
             results.extend(measure(shape, args, carrick).context(shape.name)?);
         }
+        results.push(vxlan::measure(args.rounds, ROUND_TRIPS)?);
     }
     results.extend(steer::measure()?);
     if !args.steer {
@@ -145,6 +148,10 @@ fn pods(joined: &Joined) -> Result<[&Pod; 2]> {
     Ok([first(0)?, first(1)?])
 }
 
+fn ends(pods: [&Pod; 2]) -> traffic::Ends<'_> {
+    pods.map(|pod| (&pod.host, pod.ip()))
+}
+
 /// Which way packets of that kind go through our data plane.
 fn ways(ours: &Joined, kind: Kind) -> Result<[Way; 2]> {
     let [from, to] = pods(ours)?;
@@ -152,7 +159,7 @@ fn ways(ours: &Joined, kind: Kind) -> Result<[Way; 2]> {
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| match kind {
             Kind::Tcp { .. } => throughput(&from.host, &to.host, (to.ip(), PORT).into(), 1, 2 * time).map(drop),
-            Kind::RoundTrip => traffic::round_trips(&[[from, to]], ROUND_TRIPS).map(drop),
+            Kind::RoundTrip => traffic::round_trips(&[ends([from, to])], ROUND_TRIPS).map(drop),
         });
         let ways = way::taken(ours.clusters(), time, packets);
         sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
@@ -160,7 +167,7 @@ fn ways(ours: &Joined, kind: Kind) -> Result<[Way; 2]> {
     })
 }
 
-/// A round: bits per second one after the other, or microseconds in turns.
+/// A round: bits per second one after the other, or microseconds in turns, on one processor.
 fn both(joined: [&Joined; 2], kind: Kind, time: Duration) -> Result<[f64; 2]> {
     check_interrupted()?;
     let [ours, other] = joined.map(pods);
@@ -176,6 +183,8 @@ fn both(joined: [&Joined; 2], kind: Kind, time: Duration) -> Result<[f64; 2]> {
             Ok(speeds)
         }
         Kind::RoundTrip => {
+            let _one = OnOne::new(&joined.map(Joined::tunnels).concat())?;
+            let pairs = pairs.map(ends);
             traffic::round_trips(&pairs, ROUND_TRIPS / 10)?;
             let times = traffic::round_trips(&pairs, ROUND_TRIPS)?;
             let typical = |at: usize| median(times[at].iter().map(|time| time.as_secs_f64() * 1e6));

@@ -70,8 +70,9 @@ namespaces of one machine, the tunnels are Carrick's userspace WireGuard. What h
 `cargo xtask bench datapath`, {rounds} rounds, on {machine}.
 
 The same pods, nodes and tunnels twice: once with Carrick's hop and programs, once with its agents gone, its programs
-detached, and kernel routes (`ip route`) leading packets the same way. Both stand side by side and are measured in turns;
-ratio and added time are medians of the rounds' own. *Worker to worker* is pod, worker, gateway, tunnel, gateway, worker, pod.
+detached, and kernel routes (`ip route`) leading packets the same way. Both stand side by side and are measured in turns,
+round trips on one processor; ratio and added time are medians of the rounds' own. *Worker to worker* is pod, worker, gateway,
+tunnel, gateway, worker, pod: two hops each way, and each is VXLAN, whose own share of a round trip is measured beside them.
 
 ![Ratios, added time and cost](datapath.svg)
 
@@ -190,8 +191,9 @@ mod tests {
             `cargo xtask bench datapath`, 7 rounds, on 2 cores of Some CPU, Linux 6.18.0.
 
             The same pods, nodes and tunnels twice: once with Carrick's hop and programs, once with its agents gone, its programs
-            detached, and kernel routes (`ip route`) leading packets the same way. Both stand side by side and are measured in turns;
-            ratio and added time are medians of the rounds' own. *Worker to worker* is pod, worker, gateway, tunnel, gateway, worker, pod.
+            detached, and kernel routes (`ip route`) leading packets the same way. Both stand side by side and are measured in turns,
+            round trips on one processor; ratio and added time are medians of the rounds' own. *Worker to worker* is pod, worker, gateway,
+            tunnel, gateway, worker, pod: two hops each way, and each is VXLAN, whose own share of a round trip is measured beside them.
 
             ![Ratios, added time and cost](datapath.svg)
 

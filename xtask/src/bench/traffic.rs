@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use lab::{Host, Pod, traffic::tcp::throughput};
+use lab::{Host, traffic::tcp::throughput};
 use nix::{
     sys::socket::{setsockopt, sockopt},
     unistd::{SysconfVar, sysconf},
@@ -130,13 +130,16 @@ pub fn answers(from: &Host, source: IpAddr, to: IpAddr) -> Result<()> {
     }
 }
 
-/// The times of so many UDP round trips between each pair of pods, by pair. Each begins when the one before has ended, and
+/// Who asks, and who answers: hosts, and their addresses.
+pub type Ends<'a> = [(&'a Host, IpAddr); 2];
+
+/// The times of so many UDP round trips between each pair, by pair. Each begins when the one before has ended, and
 /// the pairs take turns: whatever the machine does to one it does to the other.
-pub fn round_trips(pairs: &[[&Pod; 2]], count: usize) -> Result<Vec<Vec<Duration>>> {
+pub fn round_trips(pairs: &[Ends<'_>], count: usize) -> Result<Vec<Vec<Duration>>> {
     let mut ends = Vec::new();
-    for [from, to] in pairs {
-        let echo = to.host.run(|| Ok(UdpSocket::bind((to.ip(), 0))?))?;
-        let asker = from.host.run(|| Ok(UdpSocket::bind((from.ip(), 0))?))?;
+    for [(from, asks), (to, answers)] in pairs {
+        let echo = to.run(|| Ok(UdpSocket::bind((*answers, 0))?))?;
+        let asker = from.run(|| Ok(UdpSocket::bind((*asks, 0))?))?;
         asker.connect(echo.local_addr()?)?;
         asker.set_read_timeout(Some(ROUND_TRIP_LIMIT))?;
         echo.set_read_timeout(Some(ROUND_TRIP_LIMIT))?;
