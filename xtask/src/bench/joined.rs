@@ -59,12 +59,6 @@ impl Joined {
         self.lab.nodes().find(|(_, node)| node.host.name() == name).with_context(|| format!("no node {name}"))
     }
 
-    /// The processes that carry the tunnels.
-    pub fn tunnels(&self) -> Vec<u32> {
-        let running = self.running.borrow();
-        running.values().filter_map(|running| running.tunnel.as_ref()?.pid()).collect()
-    }
-
     /// Starts what runs on that node.
     pub fn start(&self, node: &str) -> Result<()> {
         let (member, found) = self.node(node)?;

@@ -3,52 +3,34 @@
 //! A round trip wakes a dozen threads. Across processors, those of a virtual machine above all, a wake-up costs more than
 //! what is measured, and another amount for each place that the scheduler happens to choose.
 
-use std::fs;
-
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::{
-    errno::Errno,
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     unistd::Pid,
 };
 
-/// The threads that were moved, and where they may run. They may again once this value is gone.
+/// The calling thread, for [`sched_setaffinity`].
+const ME: Pid = Pid::from_raw(0);
+
+/// Keeps the thread that made it on one processor while it lives, with all that it starts: programs that begin there do
+/// not reckon with more.
 #[derive(Debug)]
 pub struct OnOne {
-    moved: Vec<(Pid, CpuSet)>,
+    before: CpuSet,
 }
 
 impl OnOne {
-    /// Moves all threads of these processes, and the calling one: what they start stays with them.
-    pub fn new(pids: &[u32]) -> Result<OnOne> {
-        let mut threads = vec![Pid::from_raw(0)];
-        for pid in pids {
-            let folder = format!("/proc/{pid}/task");
-            for thread in fs::read_dir(&folder).with_context(|| folder.clone())? {
-                let name = thread?.file_name();
-                let id = name.to_str().and_then(|name| name.parse().ok());
-                threads.push(Pid::from_raw(id.with_context(|| format!("{folder}: {}", name.display()))?));
-            }
-        }
-        let one = first_of(&sched_getaffinity(threads[0]).context("sched_getaffinity")?)?;
-        let mut on_one = OnOne { moved: Vec::new() };
-        for thread in threads {
-            let before = sched_getaffinity(thread).context("sched_getaffinity")?;
-            sched_setaffinity(thread, &one).context("sched_setaffinity")?;
-            on_one.moved.push((thread, before));
-        }
-        Ok(on_one)
+    pub fn new() -> Result<OnOne> {
+        let before = sched_getaffinity(ME).context("sched_getaffinity")?;
+        sched_setaffinity(ME, &first_of(&before)?).context("sched_setaffinity")?;
+        Ok(OnOne { before })
     }
 }
 
 impl Drop for OnOne {
     fn drop(&mut self) {
-        for (thread, before) in &self.moved {
-            match sched_setaffinity(*thread, before) {
-                // It has ended.
-                Ok(()) | Err(Errno::ESRCH) => {}
-                Err(error) => eprintln!("thread {thread} stays on one processor: {error}"),
-            }
+        if let Err(error) = sched_setaffinity(ME, &self.before) {
+            eprintln!("the benchmark stays on one processor: {error}");
         }
     }
 }
@@ -61,7 +43,7 @@ fn first_of(set: &CpuSet) -> Result<CpuSet> {
             return Ok(one);
         }
     }
-    anyhow::bail!("this thread may run nowhere")
+    bail!("this thread may run nowhere")
 }
 
 #[cfg(test)]
@@ -70,12 +52,12 @@ mod tests {
 
     #[test]
     fn a_thread_is_on_one_processor_and_goes_back() {
-        let me = Pid::from_raw(0);
-        let before = sched_getaffinity(me).unwrap();
-        let on_one = OnOne::new(&[]).unwrap();
-        assert_eq!(sched_getaffinity(me).unwrap(), first_of(&before).unwrap());
+        let before = sched_getaffinity(ME).unwrap();
+        let on_one = OnOne::new().unwrap();
+        assert_eq!(sched_getaffinity(ME).unwrap(), first_of(&before).unwrap());
+        let inherited = std::thread::spawn(|| sched_getaffinity(ME).unwrap()).join().unwrap();
+        assert_eq!(inherited, first_of(&before).unwrap());
         drop(on_one);
-        assert_eq!(sched_getaffinity(me).unwrap(), before);
-        assert!(OnOne::new(&[u32::MAX]).is_err());
+        assert_eq!(sched_getaffinity(ME).unwrap(), before);
     }
 }

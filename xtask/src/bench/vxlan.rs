@@ -15,6 +15,7 @@ use crate::{lab::end_on_interrupt, process::check_interrupted};
 
 /// Two nodes on one cable, and a VXLAN of two over it: round trips of each in turns.
 pub fn measure(rounds: u32, round_trips: usize) -> Result<Measured> {
+    let _one = OnOne::new()?;
     let guard = Guard::unique("vxlan")?;
     end_on_interrupt(&guard);
     let nodes = [Host::machine(&guard, "a")?, Host::machine(&guard, "b")?];
@@ -31,7 +32,6 @@ pub fn measure(rounds: u32, round_trips: usize) -> Result<Measured> {
         [(&nodes[0], at(1)), (&nodes[1], at(2))]
     };
     let pairs = [ends([198, 51, 100]), ends([192, 0, 2])];
-    let _one = OnOne::new(&[])?;
     traffic::round_trips(&pairs, round_trips / 10)?;
     let mut added = Vec::new();
     for _ in 0..rounds {
