@@ -132,7 +132,14 @@ fn take_turns(shape: &Shape, kinds: &[Kind], args: &Args, ours: &Joined, other: 
         other.wait_reached(from, to)?;
         let mut pairs = Vec::new();
         for round in 1..=args.rounds {
-            let pair = both([ours, other], kind, Duration::from_secs(args.seconds))?;
+            // Who comes first changes, lest it matter.
+            let time = Duration::from_secs(args.seconds);
+            let pair = if round % 2 == 1 {
+                both([ours, other], kind, time)?
+            } else {
+                let [plain, ours] = both([other, ours], kind, time)?;
+                [ours, plain]
+            };
             eprintln!("{}, round {round} of {}: {}", shape.name, args.rounds, kind.show(pair));
             pairs.push(pair);
         }
@@ -169,8 +176,8 @@ fn ways(ours: &Joined, kind: Kind) -> Result<[Way; 2]> {
 /// A round: bits per second one after the other, or microseconds in turns.
 fn both(joined: [&Joined; 2], kind: Kind, time: Duration) -> Result<[f64; 2]> {
     check_interrupted()?;
-    let [ours, other] = joined.map(pods);
-    let pairs = [ours?, other?];
+    let [first, second] = joined.map(pods);
+    let pairs = [first?, second?];
     match kind {
         Kind::Tcp { streams } => {
             let mut speeds = [0.0; 2];
