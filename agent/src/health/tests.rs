@@ -606,6 +606,26 @@ proptest! {
         }
     }
 
+    /// However often that one came and went before.
+    #[test]
+    fn whoever_drains_is_left_for_any_other_that_answers(seed: u64, gateway: bool, toggles in vec(100..6000u64, 1..40)) {
+        let node = if gateway { 8 } else { WORKER };
+        let target = |n| if gateway { remote(2, n) } else { own(n) };
+        let mut sim = Sim::new(seed, &[node], 2, 1, 2);
+        sim.run(seconds(5));
+        for after in toggles {
+            sim.run(ms(after));
+            if !sim.dead.remove(&target(0)) {
+                sim.dead.insert(target(0));
+            }
+        }
+        sim.dead.remove(&target(0));
+        sim.says.insert(target(1), saying(TUNNEL_MTU, true, &[2]));
+        sim.run(seconds(3));
+        let reach = sim.reach(node, 2);
+        prop_assert_eq!(if gateway { reach.links } else { reach.via }, bit(0));
+    }
+
     /// And so what it costs: 5 small asks a second under traffic, one in 4 to 6 s without; large ones only under
     /// traffic or until one was answered.
     #[test]

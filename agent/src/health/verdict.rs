@@ -4,7 +4,8 @@
 //!
 //! 1. `links` are the remote slots that this gateway reaches; `via` the own slots, on other nodes, that answer and say
 //!    that they reach the member. Draining ones count only where no other is left.
-//! 2. If both are empty, whatever only its hold-down keeps out comes back at once.
+//! 2. Where both are empty, or the one that is used holds only what is draining, whatever only its hold-down keeps out
+//!    comes back at once.
 //! 3. If both still are, no way is known, and the last set stays, with what went out within the second before: dropping
 //!    everything helps nobody, and it may be the prober that is at fault. Otherwise the set is what is known, also
 //!    where `links` becomes 0: then `steer` takes `via`, and what others still send here goes by the last `links`, `kept`.
@@ -75,9 +76,13 @@ struct Ways {
 }
 
 impl Ways {
+    /// Up, and not about to stop.
+    fn staying(self) -> u8 {
+        self.up & !self.draining
+    }
+
     fn best(self) -> u8 {
-        let staying = self.up & !self.draining;
-        if staying == 0 { self.up } else { staying }
+        if self.staying() == 0 { self.up } else { self.staying() }
     }
 
     /// What stays of a set where nothing better is known.
@@ -133,17 +138,23 @@ impl Scene<'_> {
         Verdict { reach, answer, alarms }
     }
 
-    /// Targets that answer, are needed, and are held down: without them a member has no way.
+    /// Targets that answer, are needed, and are held down: without them a member has no way, or none that stays.
     pub(super) fn held_in_vain(&self) -> BTreeSet<Target> {
         let mut found = BTreeSet::new();
         for member in self.targets.members.keys() {
             let (links, via) = self.ways(*member);
-            if links.up | via.up == 0 {
+            let in_vain = links.staying() | via.staying() == 0;
+            // A gateway goes by its own links as long as one is up, also where that one is about to stop.
+            let links_in_vain = in_vain || (links.staying() == 0 && links.up != 0);
+            if links_in_vain {
+                let none = links.up | via.up == 0;
                 let wanted = |target: &Target, watched: &Watched| match target {
-                    Target::Own(_) => watched.claims(*member),
+                    Target::Own(_) => in_vain && watched.claims(*member),
                     Target::Remote(of, _) => of == member,
                 };
-                let held = self.watched.iter().filter(|(target, it)| it.pulse.held() && wanted(target, it));
+                let better =
+                    |target: &Target, watched: &Watched| wanted(target, watched) && (none || !watched.draining);
+                let held = self.watched.iter().filter(|(target, it)| it.pulse.held() && better(target, it));
                 found.extend(held.map(|(target, _)| *target));
             }
         }
