@@ -9,7 +9,9 @@ mod bench;
 #[path = "../../agent/build/bpf_tools.rs"]
 mod bpf_tools;
 mod demo;
+mod elf;
 mod lab;
+mod oci;
 mod process;
 mod setup;
 mod test;
