@@ -321,6 +321,14 @@ mod tests {
         }
     }
 
+    fn shown(step: Step) -> String {
+        match step {
+            Step::Daemon { name, .. } => format!("  {name}\n"),
+            Step::Until(program) => format!("  until {} {}\n", program.path.display(), program.arguments.join(" ")),
+            Step::FlannelRange => "  until flanneld has a range\n".to_owned(),
+        }
+    }
+
     #[test]
     fn what_runs_where() {
         let at = |name: &str| PathBuf::from(name);
@@ -344,17 +352,50 @@ mod tests {
                     Role::Node(_) => node(&design, &seat, &programs, pki, &["/images/a.tar".into()]),
                 };
                 text += &format!("{}:\n", seat.name);
-                for step in steps {
-                    text += &match step {
-                        Step::Daemon { name, .. } => format!("  {name}\n"),
-                        Step::Until(program) => {
-                            format!("  until {} {}\n", program.path.display(), program.arguments.join(" "))
-                        }
-                        Step::FlannelRange => "  until flanneld has a range\n".to_owned(),
-                    };
-                }
+                text += &steps.into_iter().map(shown).collect::<String>();
             }
         }
-        expect![[r#""#]].assert_eq(&text);
+        expect![[r#"
+            mn-api:
+              etcd
+              kube-apiserver
+              until kubectl --kubeconfig=/pki/controller-manager.kubeconfig --request-timeout=5s get --raw=/readyz
+              kube-controller-manager
+              kube-scheduler
+            mn-0:
+              containerd
+              until ctr --address /run/containerd/containerd.sock version
+              until ctr --address /run/containerd/containerd.sock --namespace k8s.io images import --snapshotter overlayfs /images/a.tar
+              kubelet
+              kube-proxy
+              flanneld
+              until flanneld has a range
+            mn-1:
+              containerd
+              until ctr --address /run/containerd/containerd.sock version
+              until ctr --address /run/containerd/containerd.sock --namespace k8s.io images import --snapshotter overlayfs /images/a.tar
+              kubelet
+              kube-proxy
+              flanneld
+              until flanneld has a range
+            va-api:
+              etcd
+              kube-apiserver
+              until kubectl --kubeconfig=/pki/controller-manager.kubeconfig --request-timeout=5s get --raw=/readyz
+              kube-controller-manager
+              kube-scheduler
+            va-0:
+              containerd
+              until ctr --address /run/containerd/containerd.sock version
+              until ctr --address /run/containerd/containerd.sock --namespace k8s.io images import --snapshotter overlayfs /images/a.tar
+              kubelet
+              kube-proxy
+            va-1:
+              containerd
+              until ctr --address /run/containerd/containerd.sock version
+              until ctr --address /run/containerd/containerd.sock --namespace k8s.io images import --snapshotter overlayfs /images/a.tar
+              kubelet
+              kube-proxy
+        "#]].assert_eq(&text);
     }
 }

@@ -3,9 +3,10 @@
 use super::{For, Need, What};
 use crate::tools;
 
-const LAB: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench];
+const LAB: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Cluster];
 const GUESTS: &[For] = &[For::Test, For::Vm];
-const BUILD: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Vm];
+const BUILD: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Vm, For::Cluster];
+const CLUSTER: &[For] = &[For::Cluster];
 
 /// Everything, in the order in which it is got.
 pub const NEEDS: &[Need] = &[
