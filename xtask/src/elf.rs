@@ -81,6 +81,11 @@ pub fn loaded_by(program: &[u8], arch: Arch, root: &Path) -> Result<BTreeMap<Pat
     Ok(found)
 }
 
+/// Whether a file is a program or library for this processor.
+pub fn is_for(file: &[u8], arch: Arch) -> bool {
+    Needs::read(file, arch).is_ok()
+}
+
 fn find(library: &str, arch: Arch, root: &Path) -> Result<(PathBuf, Vec<u8>)> {
     ensure!(!library.contains('/'), "needs {library}, a library with a path: not supported");
     let gnu = arch.gnu();
@@ -114,8 +119,8 @@ struct Needs {
 
 impl Needs {
     fn read(file: &[u8], arch: Arch) -> Result<Needs> {
-        let endian = LittleEndian;
         let header = elf::FileHeader64::<LittleEndian>::parse(file).context("not an ELF file of 64 bits")?;
+        let endian = header.endian()?;
         let machine = header.e_machine(endian);
         ensure!(machine == arch.machine(), "an ELF file for machine {machine}, not for {}", arch.name());
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).context("a name in the ELF file is not UTF-8");

@@ -11,6 +11,7 @@ mod bpf_tools;
 mod cluster;
 mod demo;
 mod elf;
+mod image;
 mod lab;
 mod oci;
 mod process;
@@ -52,6 +53,8 @@ enum Command {
     Vm(vm::Args),
     /// Gives two real Kubernetes clusters on this machine.
     Cluster(cluster::Args),
+    /// Writes the container image and the list of what is in it; needs no container engine.
+    Image(image::Args),
     /// Checks the rules of this tree that no compiler knows.
     Tidy(tidy::Args),
 }
@@ -110,6 +113,10 @@ fn run(args: Args) -> anyhow::Result<bool> {
                 setup::ensure(For::Cluster, install)?;
             }
             cluster::run(&args)
+        }
+        Command::Image(args) => {
+            setup::ensure(For::Image, install)?;
+            image::run(&args)
         }
         Command::Tidy(args) => tidy::run(&args),
     }

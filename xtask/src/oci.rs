@@ -104,8 +104,8 @@ impl Image {
         })
     }
 
-    pub fn files(&self) -> &BTreeMap<PathBuf, Entry> {
-        &self.files
+    pub fn reference(&self) -> &str {
+        &self.reference
     }
 
     /// A folder at the absolute path `at`. Folders above an entry are made by themselves, with mode 0755.

@@ -31,6 +31,7 @@ pub enum For {
     Bench,
     Vm,
     Cluster,
+    Image,
 }
 
 impl fmt::Display for For {
@@ -42,6 +43,7 @@ impl fmt::Display for For {
             For::Bench => "bench",
             For::Vm => "vm",
             For::Cluster => "cluster up",
+            For::Image => "image",
         })
     }
 }
@@ -130,11 +132,10 @@ pub enum Action {
 }
 
 /// Decides from what is missing, who we are and where. Pure.
-pub fn plan(command: For, missing: &[&Need], os: &Os) -> Plan {
+pub fn plan(command: For, missing: &[&Need], root: bool, os: &Os) -> Plan {
     if missing.is_empty() {
         return Plan::Ready;
     }
-    let root = !missing.iter().any(|need| need.what == What::Root);
     // A package can be had by root on Debian 12; the other three cannot be had by a program at all.
     let beyond_us = |need: &&Need| match need.what {
         What::Root | What::Namespaces => true,
@@ -191,13 +192,14 @@ fn message(command: For, missing: &[&Need], root: bool, os: &Os) -> String {
         text += &format!("  {:<28} {}{ours}\n", describe(need.what), need.purpose);
     }
     let mut lines = lines_to_paste(missing, root, os);
-    if !root {
+    let needs_root = missing.iter().any(|need| need.what == What::Root);
+    if needs_root {
         lines.push(format!("sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask {command}"));
     }
     if !lines.is_empty() {
         text += &format!("paste this line:\n  {}\n", lines.join(" && "));
     }
-    if !root && command == For::Test {
+    if needs_root && command == For::Test {
         text += "without root: cargo test -p agent\n";
     }
     if missing.iter().any(|need| need.what == What::Namespaces) {
@@ -258,10 +260,11 @@ fn lines_to_paste(missing: &[&Need], root: bool, os: &Os) -> Vec<String> {
 pub fn ensure(command: For, install: bool) -> anyhow::Result<()> {
     let os = Os::parse(&fs::read_to_string("/etc/os-release").unwrap_or_default());
     let missing = missing_for(command);
-    match plan(command, &missing, &os) {
+    let root = is_there(What::Root);
+    match plan(command, &missing, root, &os) {
         Plan::Ready => Ok(()),
         Plan::Refuse(message) => bail!("{}", message.trim_end()),
-        Plan::Install(_) if !install => bail!("{}", message(command, &missing, true, &os).trim_end()),
+        Plan::Install(_) if !install => bail!("{}", message(command, &missing, root, &os).trim_end()),
         Plan::Install(actions) => {
             actions.iter().try_for_each(perform)?;
             let still: Vec<_> = missing_for(command).iter().map(|need| describe(need.what)).collect();

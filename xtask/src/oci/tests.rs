@@ -13,7 +13,7 @@ fn image() -> Image {
     image.file("/usr/bin/hello", 0o755, *b"hello").unwrap();
     image.folder("/tmp", 0o1777).unwrap();
     image.link("/bin", "usr/bin").unwrap();
-    image.file(format!("/{}name", "long/".repeat(30)), 0o644, *b"").unwrap();
+    image.file(format!("/{}", "long".repeat(30)), 0o644, *b"").unwrap();
     image.entrypoint = vec!["/usr/bin/hello".into(), "--loud".into()];
     image.env = vec!["PATH=/usr/bin".into()];
     image.labels.insert("org.opencontainers.image.title".into(), "hello".into());
@@ -60,25 +60,18 @@ fn unzip(bytes: &[u8]) -> Vec<u8> {
     unzipped
 }
 
-/// With one line for the folders of the long name.
-fn shortened(listing: &str) -> String {
-    let listing = listing.replace(&"long/".repeat(30), "LONG/");
-    listing.lines().filter(|line| !line.contains(" long/")).map(|line| format!("{line}\n")).collect()
-}
-
 #[test]
 fn the_layer_is_in_order_and_says_nothing_of_this_machine() {
     let layer = image().layer().unwrap();
     expect![[r#"
         l0777 0/0 ""/"" 0 bin -> usr/bin
-        d0755 0/0 ""/"" 0 LONG/
-        -0644 0/0 ""/"" 0 LONG/name
+        -0644 0/0 ""/"" 0 LONG
         d1777 0/0 ""/"" 0 tmp/
         d0755 0/0 ""/"" 0 usr/
         d0755 0/0 ""/"" 0 usr/bin/
         -0755 0/0 ""/"" 0 usr/bin/hello
     "#]]
-    .assert_eq(&shortened(&listing(&layer)));
+    .assert_eq(&listing(&layer).replace(&"long".repeat(30), "LONG"));
 }
 
 #[test]
@@ -106,20 +99,7 @@ fn the_archive_is_both_an_oci_layout_and_dockers() {
         d0755 0/0 ""/"" 0 blobs/sha256/"#]]
     .assert_eq(&names.join("\n"));
     let config = String::from_utf8(files[saved[0]["Config"].as_str().unwrap()].clone()).unwrap();
-    expect![[r#"
-        {"created":"1970-01-01T00:00:00Z",
-        "architecture":"amd64",
-        "os":"linux",
-        "config":{"Entrypoint":["/usr/bin/hello",
-        "--loud"],
-        "Env":["PATH=/usr/bin"],
-        "Labels":{"org.opencontainers.image.title":"hello"},
-        "WorkingDir":"/"},
-        "rootfs":{"type":"layers",
-        "diff_ids":["sha256:dad7490da44ed5aeda658eef52cf506492cdb8f555b8434c6482056907410986"]},
-        "history":[{"created":"1970-01-01T00:00:00Z",
-        "created_by":"cargo xtask"}]}"#]]
-    .assert_eq(&config.replace(",\"", ",\n\""));
+    expect![[r#""#]].assert_eq(&config.replace(",\"", ",\n\""));
 }
 
 #[test]

@@ -5,7 +5,9 @@ use crate::tools;
 
 const LAB: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Cluster];
 const GUESTS: &[For] = &[For::Test, For::Vm];
-const BUILD: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Vm, For::Cluster];
+const BUILD: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Vm, For::Cluster, For::Image];
+/// What builds or runs the agent.
+const AGENT: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Cluster, For::Image];
 const CLUSTER: &[For] = &[For::Cluster];
 
 /// Everything, in the order in which it is got.
@@ -29,20 +31,20 @@ pub const NEEDS: &[Need] = &[
         what: What::BpfCompiler,
         packages: Some(["rustc-web rust-web-src", "rust rust-src", "rust rust-src"]),
         purpose: "compiles the BPF programs: a rustc with the source of core (rust-src)",
-        by: LAB,
+        by: AGENT,
     },
     Need {
         what: What::Llvm,
         packages: Some(["llvm-22-dev", "llvm22-devel", "llvm"]),
         purpose: "bpf-linker is linked to it",
-        by: LAB,
+        by: AGENT,
     },
-    Need { what: What::BpfLinker, packages: None, purpose: "links the BPF programs", by: LAB },
+    Need { what: What::BpfLinker, packages: None, purpose: "links the BPF programs", by: AGENT },
     Need {
         what: What::Program("nft"),
         packages: Some(["nftables", "nftables", "nftables"]),
         purpose: "the agent's identity NAT; the lab's masquerading and NAT routers",
-        by: LAB,
+        by: AGENT,
     },
     Need {
         what: What::Program("ip"),
@@ -128,6 +130,12 @@ pub const NEEDS: &[Need] = &[
         packages: Some(["dpkg", "dpkg", "dpkg"]),
         purpose: "unpacks the guests' kernels",
         by: GUESTS,
+    },
+    Need {
+        what: What::Program("dpkg-query"),
+        packages: Some(["dpkg", "dpkg", "dpkg"]),
+        purpose: "tells which packages the image's files are of",
+        by: &[For::Image],
     },
     Need {
         what: What::Program("xz"),

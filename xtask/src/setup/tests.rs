@@ -15,7 +15,11 @@ fn named(missing: &[&str]) -> Vec<&'static Need> {
 }
 
 fn check(os_release: &str, missing: &[&str], expected: Expect) {
-    let text = match plan(For::Test, &named(missing), &Os::parse(os_release)) {
+    check_for(For::Test, !missing.contains(&"root"), os_release, missing, expected);
+}
+
+fn check_for(command: For, root: bool, os_release: &str, missing: &[&str], expected: Expect) {
+    let text = match plan(command, &named(missing), root, &Os::parse(os_release)) {
         Plan::Ready => panic!("something is missing"),
         Plan::Install(actions) => actions.iter().map(|action| format!("{action:?}\n")).collect(),
         Plan::Refuse(message) => message,
@@ -26,7 +30,7 @@ fn check(os_release: &str, missing: &[&str], expected: Expect) {
 #[test]
 fn nothing_missing_is_ready_anywhere() {
     for os in [DEBIAN_12, FEDORA, ""] {
-        assert_eq!(plan(For::Demo, &[], &Os::parse(os)), Plan::Ready);
+        assert_eq!(plan(For::Demo, &[], false, &Os::parse(os)), Plan::Ready);
     }
 }
 
@@ -72,6 +76,23 @@ fn a_user_with_every_package_lacks_only_root() {
         paste this line:
           sudo env "PATH=$PATH" "HOME=$HOME" cargo xtask test
         without root: cargo test -p agent
+    "#]],
+    );
+}
+
+#[test]
+fn a_user_may_build_the_image_but_install_nothing() {
+    check_for(
+        For::Image,
+        false,
+        DEBIAN_12,
+        &["nft", "bpf-linker"],
+        expect![[r#"
+        missing on this machine:
+          bpf-linker                   links the BPF programs; xtask gets it itself, into its cache
+          nft                          the agent's identity NAT; the lab's masquerading and NAT routers
+        paste this line:
+          sudo apt-get update && sudo apt-get install -y --no-install-recommends nftables
     "#]],
     );
 }
