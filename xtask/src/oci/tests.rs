@@ -99,7 +99,20 @@ fn the_archive_is_both_an_oci_layout_and_dockers() {
         d0755 0/0 ""/"" 0 blobs/sha256/"#]]
     .assert_eq(&names.join("\n"));
     let config = String::from_utf8(files[saved[0]["Config"].as_str().unwrap()].clone()).unwrap();
-    expect![[r#""#]].assert_eq(&config.replace(",\"", ",\n\""));
+    expect![[r#"
+        {"created":"1970-01-01T00:00:00Z",
+        "architecture":"amd64",
+        "os":"linux",
+        "config":{"Entrypoint":["/usr/bin/hello",
+        "--loud"],
+        "Env":["PATH=/usr/bin"],
+        "Labels":{"org.opencontainers.image.title":"hello"},
+        "WorkingDir":"/"},
+        "rootfs":{"type":"layers",
+        "diff_ids":["sha256:9a178edf6eb7a66725110bd069e464b71a206dc6482bb6e7e4ce7860c3ee64cd"]},
+        "history":[{"created":"1970-01-01T00:00:00Z",
+        "created_by":"cargo xtask"}]}"#]]
+    .assert_eq(&config.replace(",\"", ",\n\""));
 }
 
 #[test]
