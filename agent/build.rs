@@ -58,7 +58,8 @@ fn build(compiler: &Path, linker: &Path) -> Result<(), String> {
     }
     command.env("RUSTC", compiler).env("RUSTC_BOOTSTRAP", "1");
     command.env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker);
-    command.env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_RUSTFLAGS", "-Clink-arg=--btf");
+    let flags = ["-Clink-arg=--btf".to_owned()].into_iter().chain(remaps(compiler)?);
+    command.env("CARGO_ENCODED_RUSTFLAGS", flags.collect::<Vec<_>>().join("\x1f"));
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
     let said = String::from_utf8_lossy(&output.stderr);
     for warning in said.lines().filter(|line| line.starts_with("warning")) {
@@ -72,6 +73,25 @@ fn build(compiler: &Path, linker: &Path) -> Result<(), String> {
         fs::copy(&built, out.join(object)).map_err(|error| format!("copy {}: {error}", built.display()))?;
     }
     Ok(())
+}
+
+/// Takes this machine's folders out of the objects, so that they are the same wherever they are built. The tree becomes `.`,
+/// from where the linker still finds the lines of source that the verifier shows.
+fn remaps(compiler: &Path) -> Result<Vec<String>, String> {
+    let absolute = |path: &Path| path.canonicalize().map_err(|error| format!("{}: {error}", path.display()));
+    let sysroot = Command::new(compiler).args(["--print", "sysroot"]).output();
+    let sysroot = sysroot.map_err(|error| format!("{}: {error}", compiler.display()))?.stdout;
+    let library = Path::new(String::from_utf8_lossy(&sysroot).trim()).join("lib/rustlib/src/rust/library");
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let cargo = home.or_else(|| Some(Path::new(&env::var_os("HOME")?).join(".cargo")));
+    let folders = [
+        (cargo.ok_or("neither CARGO_HOME nor HOME is set")?, "/cargo"),
+        // Debian's is a link: the compiler writes down both.
+        (absolute(&library)?, "/rust/library"),
+        (library, "/rust/library"),
+        (absolute(Path::new(".."))?, "."),
+    ];
+    Ok(folders.map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())).into())
 }
 
 /// Variables of the outer build. What says where crates come from and are kept stays.

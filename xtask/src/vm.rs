@@ -12,7 +12,10 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Subcommand, ValueEnum};
 
-use crate::{process, tools, workspace};
+use crate::{
+    elf::{self, Arch},
+    process, tools, workspace,
+};
 
 mod image;
 mod kernel;
@@ -112,8 +115,9 @@ fn load_image(kernel: &Kernel, tests: &Path, cases: u32) -> Result<Vec<u8>> {
     }
     image.program("/bin/busybox", Path::new("/bin/busybox"))?;
     image.program("/it", tests)?;
-    for library in libraries(tests)? {
-        image.program(&library, Path::new(&library))?;
+    let program = fs::read(tests).with_context(|| format!("read {}", tests.display()))?;
+    for (path, library) in elf::loaded_by(&program, Arch::HOST, Path::new("/"))? {
+        image.file(&path.to_string_lossy(), 0o755, &library);
     }
     let mut script = String::from(INIT);
     for module in MODULES {
@@ -137,14 +141,6 @@ mount -t bpf bpf /sys/fs/bpf || exit
 ip link set lo up
 echo \"carrick-guest: Linux $(uname -r)\"
 ";
-
-/// The shared libraries of a program, and its loader, as absolute paths.
-fn libraries(program: &Path) -> Result<Vec<String>> {
-    let output = Command::new("ldd").arg(program).output().context("ldd")?;
-    ensure!(output.status.success(), "ldd {}: {}", program.display(), String::from_utf8_lossy(&output.stderr));
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    Ok(text.split_whitespace().filter(|word| word.starts_with('/')).map(str::to_owned).collect())
-}
 
 /// What the guest said, without what its firmware and kernel said before.
 fn said(output: &str) -> &str {
