@@ -198,12 +198,12 @@ fn mentions<'a>(line: &'a str, forbidden: &'a [&str]) -> impl Iterator<Item = St
     forbidden.iter().filter(|word| has_word(line, word)).map(|word| format!("mentions {word}"))
 }
 
-/// Whether `word` stands in `line` and is not a part of a longer one.
+/// Whether `word` stands in `line` and is not a part of a longer one, as of `--a-word-in-an-option`.
 fn has_word(line: &str, word: &str) -> bool {
     let part = |c: char| c.is_alphanumeric() || c == '_';
     line.match_indices(word).any(|(at, _)| {
         let after = line[at + word.len()..].chars().next();
-        let ends = !word.ends_with(part) || !after.is_some_and(part);
+        let ends = !word.ends_with(part) || !after.is_some_and(|c| part(c) || c == '-');
         ends && !line[..at].ends_with(part)
     })
 }

@@ -204,9 +204,10 @@ mod tests {
     fn what_is_missing_is_named_with_its_remedy() {
         let other = if Arch::HOST == Arch::Amd64 { Arch::Arm64 } else { Arch::Amd64 };
         let none = Found { std: false, cc: false, libc: false, nft: false };
-        let lines = lacks(other, Path::new("/r/usr/sbin/nft"), &none).join("\n");
+        let lines = format!("missing:\n{}", lacks(other, Path::new("/r/usr/sbin/nft"), &none).join("\n"));
         let lines = lines.replace(other.target(), "TARGET").replace(other.gnu(), "GNU").replace(other.name(), "ARCH");
         expect![[r#"
+            missing:
               Rust's library for TARGET: rustup target add TARGET
               GNU-gcc: apt-get install -y --no-install-recommends gcc-GNU
               the C library for ARCH, static: apt-get install -y --no-install-recommends libc6-dev-ARCH-cross
