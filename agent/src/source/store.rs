@@ -115,9 +115,13 @@ impl<T> Store<T> {
         self.doubted.keys().map(String::as_str)
     }
 
-    /// In the order of their names.
-    pub fn objects(&self) -> impl Iterator<Item = &T> {
-        self.standing.values()
+    pub fn get(&self, name: &str) -> Option<&T> {
+        self.standing.get(name)
+    }
+
+    /// With their names, in the order of these.
+    pub fn objects(&self) -> impl Iterator<Item = (&String, &T)> {
+        self.standing.iter()
     }
 }
 
