@@ -144,6 +144,6 @@ mod tests {
         let read = serde_json::from_value::<DeserializeGuard<MeshCluster>>(bad).unwrap();
         assert_eq!(read.meta().name.as_deref(), Some("mn"));
         let error = opened(read).unwrap_err();
-        assert_eq!(error, "invalid type: string \"…\", expected i64");
+        assert_eq!(error, "Invalid type string \"…\". Expected i64");
     }
 }

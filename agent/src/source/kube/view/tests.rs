@@ -97,12 +97,26 @@ fn a_half_synced_view_says_what_it_waits_for() {
     tell(&mut view, Told::Clusters, list(&[cluster("mn", 1)]));
     tell(&mut view, Told::Policies, vec![Heard::Failed(Trouble::NotServed)]);
     tell(&mut view, Told::OwnNode, list(&[]));
-    check(&view, expect![[""]]);
+    check(
+        &view,
+        expect![[r#"
+        not synced: https://api: RouteAdvertisements, MeshGateways: not listed yet; EgressPolicies: the API server does not have this kind: install the chart's CRDs; there is no usable Node w1: name this node as its Node is, with --node-name
+    "#]],
+    );
 }
 
 #[test]
 fn a_worker_knows_the_nodes_of_gateways_by_what_these_say() {
-    check(&synced(), expect![[""]]);
+    check(
+        &synced(),
+        expect![[r#"
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+    "#]],
+    );
 }
 
 #[test]
@@ -121,14 +135,41 @@ fn a_gateway_watches_all_nodes_for_as_long_as_its_own_says_so() {
     // What the ended watch told last.
     tell(&mut view, all_nodes(1), list(&[node("w3", "192.0.2.7", &[])]));
     let ended = rendered(&view);
-    expect![[""]].assert_eq(&format!("{before}{after}{ended}"));
+    expect![[r#"
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node w1 192.0.2.9
+        Node w2 192.0.2.8
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+    "#]]
+    .assert_eq(&format!("{before}{after}{ended}"));
 }
 
 #[test]
 fn an_own_node_that_is_gone_stays_as_it_was() {
     let mut view = synced();
     view.hear(Duration::ZERO, Told::OwnNode(Heard::Event(Event::Deleted("w1".to_owned()))));
-    check(&view, expect![[""]]);
+    check(
+        &view,
+        expect![[r#"
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api Node w1: is gone: what it said before stays in force
+    "#]],
+    );
 }
 
 #[test]
@@ -136,9 +177,30 @@ fn a_bad_object_keeps_its_last_good_and_names_itself() {
     let mut view = synced();
     let bad = |name: &str| set((name.to_owned(), Err("invalid type".to_owned())));
     view.hear(Duration::ZERO, Told::Clusters(bad("va")));
-    check(&view, expect![[""]]);
+    check(
+        &view,
+        expect![[r#"
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api MeshClusters va: cannot be read by this version: invalid type: correct it (what it said before stays in force)
+    "#]],
+    );
     view.hear(Duration::ZERO, Told::Clusters(bad("de")));
-    check(&view, expect![[""]]);
+    check(
+        &view,
+        expect![[r#"
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api MeshClusters de: cannot be read by this version: invalid type: correct it
+        https://api MeshClusters va: cannot be read by this version: invalid type: correct it (what it said before stays in force)
+    "#]],
+    );
 }
 
 #[test]
@@ -152,7 +214,20 @@ fn a_kind_that_is_lost_stays_and_comes_back() {
     let doubted = rendered(&view);
     tell(&mut view, Told::Clusters, list(&[cluster("mn", 1), cluster("va", 2)]));
     assert_eq!(rendered(&view), before);
-    expect![[""]].assert_eq(&format!("{lost}{doubted}"));
+    expect![[r#"
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api MeshClusters: the API server does not have this kind: install the chart's CRDs (what it said before stays in force)
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api MeshClusters: half or more are gone from one list to the next: mn, va. They stay in force for 300 s after it: put them back, unless they are to go
+    "#]].assert_eq(&format!("{lost}{doubted}"));
 }
 
 #[test]
@@ -161,7 +236,17 @@ fn an_api_server_that_is_away_takes_nothing() {
     let away = || Trouble::Other("does not answer".to_owned());
     view.hear(Duration::ZERO, Told::Clusters(Heard::Failed(away())));
     view.hear(Duration::ZERO, Told::OwnNode(Heard::Failed(away())));
-    check(&view, expect![[""]]);
+    check(
+        &view,
+        expect![[r#"
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api: does not answer (what it said before stays in force)
+    "#]],
+    );
 }
 
 /// What one kind may be told.
