@@ -323,7 +323,10 @@ mod tests {
         match origin {
             Origin::Folders(dirs) => format!("folders {dirs:?}"),
             Origin::Kube(server) => {
-                format!("API server by {:?}, for {:?}", server.kubeconfig.is_some(), server.node.map(|n| n.to_string()))
+                // This machine's environment may have another.
+                let given = server.kubeconfig.filter(|path| path == "k").map_or("the default", |_| "k");
+                let node = server.node.map_or("nobody".to_owned(), |node| node.to_string());
+                format!("API server by {given}, for {node}")
             }
         }
     }
@@ -350,7 +353,24 @@ mod tests {
                 );
             }
         }
-        expect![[""]].assert_eq(&text);
+        expect![[r#"
+            agent --cluster-name mn: give either --kube, to read the objects from the API server, or --config-dir DIR
+            agent --cluster-name mn --config-dir a --config-dir b: folders ["a", "b"]
+            agent --cluster-name mn --kube --kubeconfig k: API server by k, for n1
+            agent --cluster-name mn --kube --config-dir a: error: the argument '--kube' cannot be used with '--config-dir <DIR>'
+            validate: give either --kube, to check what the API server has, or the folder of manifests
+            validate a: folders ["a"]
+            validate --kube --kubeconfig k: API server by k, for nobody
+            validate --kube a: error: the argument '--kube' cannot be used with '[DIR]...'
+            agent --cluster-name mn (in a pod): API server by the default, for n1
+            agent --cluster-name mn --config-dir a --config-dir b (in a pod): folders ["a", "b"]
+            agent --cluster-name mn --kube --kubeconfig k (in a pod): API server by k, for n1
+            agent --cluster-name mn --kube --config-dir a (in a pod): error: the argument '--kube' cannot be used with '--config-dir <DIR>'
+            validate (in a pod): API server by the default, for nobody
+            validate a (in a pod): folders ["a"]
+            validate --kube --kubeconfig k (in a pod): API server by k, for nobody
+            validate --kube a (in a pod): error: the argument '--kube' cannot be used with '[DIR]...'
+        "#]].assert_eq(&text);
     }
 
     fn help(command: &mut clap::Command, text: &mut String) {

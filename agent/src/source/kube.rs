@@ -40,8 +40,10 @@ use crate::{
 /// What kube's crates say of a failure that the snapshot tells of.
 pub const LOG_CAPS: [&str; 2] = ["kube_client=off", "kube_runtime=off"];
 
-/// How long [`read`] waits until every kind has been listed, or has failed.
+/// How long [`read`] waits until every kind has been listed, or has failed,
 const PATIENCE: Duration = Duration::from_secs(20);
+/// and how long at least: a kind that has just been made is not served at once.
+const SECOND_TRY: Duration = Duration::from_secs(3);
 /// What tasks have told and nobody has heard yet: beyond it they wait, and with them the API server.
 const UNHEARD: usize = 256;
 /// A wait that never ends.
@@ -73,11 +75,16 @@ pub(super) async fn follow(server: &Server) -> Result<Receiver<Followed>, Connec
 pub(super) async fn read(server: &Server) -> Result<Snapshot, ReadError> {
     let (client, mut view) = start(server).await?;
     let mut watches = Watches::new(client);
-    let patience = Instant::now() + PATIENCE;
-    while !view.is_settled() {
+    let began = Instant::now();
+    loop {
         watches.follow_nodes(&mut view);
-        let Ok(told) = timeout_at(patience, watches.next()).await else { break };
-        view.hear(Duration::ZERO, told);
+        let patience = match (view.is_settled(), view.snapshot()) {
+            (true, Ok(snapshot)) => return Ok(snapshot),
+            (true, Err(_)) => SECOND_TRY,
+            (false, _) => PATIENCE,
+        };
+        let Ok(told) = timeout_at(began + patience, watches.next()).await else { break };
+        view.hear(began.elapsed(), told);
     }
     Ok(view.snapshot()?)
 }

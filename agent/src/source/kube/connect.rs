@@ -17,21 +17,24 @@ const SILENCE: Duration = Duration::from_secs(100);
 /// To connect, with TLS.
 const CONNECT: Duration = Duration::from_secs(10);
 
+/// What kube's errors say holds their causes already.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    #[error("cannot use the kubeconfig {}: name a usable one with --kubeconfig", path.display())]
-    Kubeconfig { path: PathBuf, source: Box<KubeconfigError> },
-    #[error("cannot use a pod's service account: outside of a pod, name a kubeconfig with --kubeconfig")]
-    ServiceAccount { source: Box<InClusterError> },
-    #[error("cannot make a client for the API server {host}: correct the kubeconfig's certificates and credentials")]
-    Client { host: String, source: Box<kube::Error> },
+    #[error("cannot use the kubeconfig {}: name a usable one with --kubeconfig: {why}", path.display())]
+    Kubeconfig { path: PathBuf, why: Box<KubeconfigError> },
+    #[error("cannot use a pod's service account: outside of a pod, name a kubeconfig with --kubeconfig: {why}")]
+    ServiceAccount { why: Box<InClusterError> },
+    #[error(
+        "cannot make a client for the API server {host}: correct the kubeconfig's certificates and credentials: {why}"
+    )]
+    Client { host: String, why: Box<kube::Error> },
 }
 
 /// The client, and the API server's address.
 pub(super) async fn connect(kubeconfig: Option<&OsStr>) -> Result<(Client, String), ConnectError> {
     let mut config = match kubeconfig {
         Some(paths) => from_files(paths).await?,
-        None => Config::incluster_env().map_err(|source| ConnectError::ServiceAccount { source: Box::new(source) })?,
+        None => Config::incluster_env().map_err(|why| ConnectError::ServiceAccount { why: Box::new(why) })?,
     };
     config.read_timeout = Some(SILENCE);
     config.connect_timeout = Some(CONNECT);
@@ -40,7 +43,7 @@ pub(super) async fn connect(kubeconfig: Option<&OsStr>) -> Result<(Client, Strin
     let host = config.cluster_url.to_string().trim_end_matches('/').to_owned();
     match Client::try_from(config) {
         Ok(client) => Ok((client, host)),
-        Err(source) => Err(ConnectError::Client { host, source: Box::new(source) }),
+        Err(why) => Err(ConnectError::Client { host, why: Box::new(why) }),
     }
 }
 
@@ -48,7 +51,7 @@ pub(super) async fn connect(kubeconfig: Option<&OsStr>) -> Result<(Client, Strin
 async fn from_files(paths: &OsStr) -> Result<Config, ConnectError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
-        move |source| ConnectError::Kubeconfig { path, source: Box::new(source) }
+        move |why| ConnectError::Kubeconfig { path, why: Box::new(why) }
     };
     let mut merged = Kubeconfig::default();
     for path in std::env::split_paths(paths).filter(|path| !path.as_os_str().is_empty()) {
