@@ -202,7 +202,9 @@ fn failure(error: &Error, plural: &str) -> String {
         Error::Service(source) => {
             format!("does not answer ({}): is it up, and is the address right?", with_cause(source.as_ref()))
         }
-        error => format!("{plural} cannot be watched: {}", with_cause(error)),
+        // Its text says nothing but that the stream has ended before its end.
+        Error::ReadEvents(_) => "has fallen silent, or breaks its watches off: asking it anew".to_owned(),
+        error => format!("{plural} cannot be watched: {error}"),
     }
 }
 
