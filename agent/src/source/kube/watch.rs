@@ -6,7 +6,7 @@
 //! Invariant: a deletion is told only while the kind stands. When a CRD is deleted, the API server first deletes every
 //! object of it, and each of these deletions reaches the watches like any other.
 
-use std::{fmt::Debug, pin::pin};
+use std::{fmt::Debug, pin::pin, time::Duration};
 
 use futures::TryStreamExt;
 use kube::{
@@ -18,7 +18,10 @@ use kube::{
     },
 };
 use serde::de::DeserializeOwned;
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep},
+};
 
 use super::{
     prune::{Prune, opened},
@@ -27,6 +30,8 @@ use super::{
 use crate::{agent::with_cause, source::store::Event};
 
 const GROUP_VERSION: &str = "carrick.dev/v1alpha1";
+/// What has gone on for so long was well until then: longer than it takes to connect in vain.
+const WELL: Duration = Duration::from_secs(20);
 
 /// What a watch tells.
 #[derive(Clone, Debug, PartialEq)]
@@ -105,7 +110,11 @@ where
         let mut pauses = DefaultBackoff::default();
         let (mut streams, mut stands) = (true, true);
         loop {
+            let began = Instant::now();
             let end = self.once(streams, stands, &tell, &told).await;
+            if began.elapsed() > WELL {
+                pauses.reset();
+            }
             stands = !matches!(end, End::NotServed);
             let trouble = match end {
                 End::Unheard => return,
