@@ -221,7 +221,7 @@ fn refusal(status: &Status, plural: &str) -> String {
     let message = &status.message;
     match status.code {
         401 => format!("does not accept our token or certificate: renew the credentials (401 {message})"),
-        403 => format!("forbids to list and watch {plural}: grant it, as the chart's RBAC does (403 {message})"),
+        403 => format!("{message} (403): grant it, as the chart's RBAC does"),
         410 => format!("has forgotten where the watch of {plural} was: listing anew (410)"),
         code => format!("{plural} cannot be watched: {code} {message}"),
     }
