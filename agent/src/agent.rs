@@ -61,6 +61,8 @@ pub enum AgentError {
     Lock(#[from] LockError),
     #[error(transparent)]
     Privileges(#[from] kernel::Unprivileged),
+    #[error(transparent)]
+    Source(#[from] source::ConnectError),
     #[error("cannot open netlink sockets")]
     Netlink(#[source] std::io::Error),
     #[error("the BPF programs in this binary are broken")]
@@ -72,7 +74,7 @@ pub enum AgentError {
 /// Why a pass runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cause {
-    /// The folder changed.
+    /// The objects changed.
     Intent,
     /// Something of ours in the kernel changed, or the tunnel came or went.
     Kernel,
@@ -99,7 +101,7 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
     let (ask, mut asked) = mpsc::channel(8);
     let socket = status_socket::path(&run_dir);
     let _server = status_socket::serve(&socket, ask).map_err(|source| AgentError::Socket { path: socket, source })?;
-    let mut snapshots = source::follow(args.config_dirs.clone());
+    let mut snapshots = source::follow(&args.origin(node_name(&args))).await?;
     let mut events = events::Watch::new().map_err(AgentError::Netlink)?;
     let (resolver, mut resolved) = Resolver::new();
     let client = Client::new(&run_dir);

@@ -1,11 +1,14 @@
 //! The command line: the only reader of flags and environment.
 
-use std::path::PathBuf;
+use std::{ffi::OsString, path::PathBuf};
 
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use ipnetwork::IpNetwork;
 
-use crate::names::{MemberName, NodeName, Ordinal};
+use crate::{
+    names::{MemberName, NodeName, Ordinal},
+    source::{Origin, Server},
+};
 
 /// Joins Kubernetes clusters: pods of one reach pods of another by their own IP, encrypted.
 #[derive(Debug, Parser)]
@@ -16,6 +19,35 @@ pub struct Args {
     pub log_format: LogFormat,
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Args {
+    /// The arguments of this process. Ends it with code 2 and a word of advice where they do not do.
+    pub fn read() -> Args {
+        let mut args = Args::parse();
+        // The kubelet sets it in every pod.
+        let in_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+        if let Err(advice) = args.settle(in_pod) {
+            Args::command().error(ErrorKind::MissingRequiredArgument, advice).exit();
+        }
+        args
+    }
+
+    /// Says where the objects are, or what was forgotten.
+    fn settle(&mut self, in_pod: bool) -> Result<(), &'static str> {
+        let (dirs, api, advice) = match &mut self.command {
+            Command::Agent(node) | Command::Plan(Plan { node, .. }) => {
+                let advice = "give either --kube, to read the objects from the API server, or --config-dir DIR";
+                (&node.config_dirs, &mut node.api, advice)
+            }
+            Command::Validate(Validate { dirs, api, .. }) => {
+                (&*dirs, api, "give either --kube, to check what the API server has, or the folder of manifests")
+            }
+            _ => return Ok(()),
+        };
+        api.kube |= in_pod && dirs.is_empty();
+        if api.kube || !dirs.is_empty() { Ok(()) } else { Err(advice) }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -40,7 +72,7 @@ pub enum Command {
     /// Makes and shows this node's WireGuard keys.
     #[command(subcommand)]
     Keys(Keys),
-    /// Checks a folder of manifests. Prints every refusal; exit code 1 if there is any.
+    /// Checks a folder of manifests, or what the API server has. Prints every refusal; exit code 1 if there is any.
     Validate(Validate),
     /// Removes everything of Carrick's from this node's kernel. Keys and manifests stay.
     Cleanup(Cleanup),
@@ -50,8 +82,10 @@ pub enum Command {
 #[derive(Clone, Debug, ClapArgs)]
 pub struct Node {
     /// A folder of manifests; may be given several times. It is followed while the agent runs.
-    #[arg(long = "config-dir", value_name = "DIR", required = true)]
+    #[arg(long = "config-dir", value_name = "DIR", conflicts_with = "kube")]
     pub config_dirs: Vec<PathBuf>,
+    #[command(flatten)]
+    pub api: Api,
     /// This cluster's name: that of its MeshCluster.
     #[arg(long, value_name = "NAME", env = "CARRICK_CLUSTER_NAME")]
     pub cluster_name: MemberName,
@@ -69,6 +103,33 @@ pub struct Node {
     pub mesh_domain: String,
     #[command(flatten)]
     pub backend: Backend,
+}
+
+impl Node {
+    /// Where the objects are. `name`: the node whose view it is.
+    pub fn origin(&self, name: NodeName) -> Origin {
+        self.api.or_folders(&self.config_dirs, Some(name))
+    }
+}
+
+/// Kubernetes as the source of the objects.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Api {
+    /// Reads the objects from the API server, and follows them. The default in a pod, unless a folder is given.
+    #[arg(long)]
+    pub kube: bool,
+    /// With `--kube`: the kubeconfig by which to reach the API server. Default: the pod's service account.
+    #[arg(long, value_name = "PATH", env = "KUBECONFIG")]
+    pub kubeconfig: Option<OsString>,
+}
+
+impl Api {
+    fn or_folders(&self, dirs: &[PathBuf], node: Option<NodeName>) -> Origin {
+        match self.kube {
+            true => Origin::Kube(Server { kubeconfig: self.kubeconfig.clone(), node }),
+            false => Origin::Folders(dirs.to_vec()),
+        }
+    }
 }
 
 pub const DEFAULT_MESH_DOMAIN: &str = "mesh.internal";
@@ -197,8 +258,10 @@ fn ordinal(text: &str) -> Result<Ordinal, String> {
 #[derive(Clone, Debug, ClapArgs)]
 pub struct Validate {
     /// The folders of manifests.
-    #[arg(value_name = "DIR", required = true)]
+    #[arg(value_name = "DIR", conflicts_with = "kube")]
     pub dirs: Vec<PathBuf>,
+    #[command(flatten)]
+    pub api: Api,
     /// Checks this member's view too: what overlaps its own ranges.
     #[arg(long, value_name = "NAME")]
     pub cluster_name: Option<MemberName>,
@@ -210,6 +273,13 @@ pub struct Validate {
     pub mesh_domain: String,
     #[command(flatten)]
     pub output: Output,
+}
+
+impl Validate {
+    /// Where the objects are.
+    pub fn origin(&self) -> Origin {
+        self.api.or_folders(&self.dirs, None)
+    }
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -224,8 +294,7 @@ pub struct Cleanup {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
-    use expect_test::expect_file;
+    use expect_test::{expect, expect_file};
 
     /// The help of every subcommand, as `docs/cli.txt` has it.
     #[test]
@@ -235,6 +304,73 @@ mod tests {
         let mut text = String::new();
         help(&mut command, &mut text);
         expect_file!["../../docs/cli.txt"].assert_eq(&text);
+    }
+
+    /// Where the objects come from, or what is said to whoever calls it so.
+    fn origin(line: &str, in_pod: bool) -> String {
+        let mut args = match Args::try_parse_from(line.split(' ')) {
+            Ok(args) => args,
+            Err(error) => return error.to_string().lines().next().unwrap().to_owned(),
+        };
+        if let Err(advice) = args.settle(in_pod) {
+            return advice.to_owned();
+        }
+        let origin = match args.command {
+            Command::Agent(node) => node.origin("n1".parse().unwrap()),
+            Command::Validate(validate) => validate.origin(),
+            other => panic!("{other:?} has no source"),
+        };
+        match origin {
+            Origin::Folders(dirs) => format!("folders {dirs:?}"),
+            Origin::Kube(server) => {
+                // This machine's environment may have another.
+                let given = server.kubeconfig.filter(|path| path == "k").map_or("the default", |_| "k");
+                let node = server.node.map_or("nobody".to_owned(), |node| node.to_string());
+                format!("API server by {given}, for {node}")
+            }
+        }
+    }
+
+    #[test]
+    fn the_objects_come_from_one_place() {
+        let mut text = String::new();
+        for in_pod in [false, true] {
+            for line in [
+                "agent",
+                "agent --config-dir a --config-dir b",
+                "agent --kube --kubeconfig k",
+                "agent --kube --config-dir a",
+                "validate",
+                "validate a",
+                "validate --kube --kubeconfig k",
+                "validate --kube a",
+            ] {
+                let line = line.replace("agent", "agent --cluster-name mn");
+                text += &format!(
+                    "{line}{}: {}\n",
+                    if in_pod { " (in a pod)" } else { "" },
+                    origin(&format!("carrick {line}"), in_pod)
+                );
+            }
+        }
+        expect![[r#"
+            agent --cluster-name mn: give either --kube, to read the objects from the API server, or --config-dir DIR
+            agent --cluster-name mn --config-dir a --config-dir b: folders ["a", "b"]
+            agent --cluster-name mn --kube --kubeconfig k: API server by k, for n1
+            agent --cluster-name mn --kube --config-dir a: error: the argument '--kube' cannot be used with '--config-dir <DIR>'
+            validate: give either --kube, to check what the API server has, or the folder of manifests
+            validate a: folders ["a"]
+            validate --kube --kubeconfig k: API server by k, for nobody
+            validate --kube a: error: the argument '--kube' cannot be used with '[DIR]...'
+            agent --cluster-name mn (in a pod): API server by the default, for n1
+            agent --cluster-name mn --config-dir a --config-dir b (in a pod): folders ["a", "b"]
+            agent --cluster-name mn --kube --kubeconfig k (in a pod): API server by k, for n1
+            agent --cluster-name mn --kube --config-dir a (in a pod): error: the argument '--kube' cannot be used with '--config-dir <DIR>'
+            validate (in a pod): API server by the default, for nobody
+            validate a (in a pod): folders ["a"]
+            validate --kube --kubeconfig k (in a pod): API server by k, for nobody
+            validate --kube a (in a pod): error: the argument '--kube' cannot be used with '[DIR]...'
+        "#]].assert_eq(&text);
     }
 
     fn help(command: &mut clap::Command, text: &mut String) {

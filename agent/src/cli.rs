@@ -17,6 +17,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     agent,
     args::{self, Args, Command, Format, LogFormat},
+    source,
     tunnel::{self, TunnelOptions},
 };
 
@@ -30,7 +31,7 @@ pub fn main(args: Args) -> ExitCode {
         Command::Status(args) => block_on(status::run(args)),
         Command::Plan(args) => block_on(plan::run(args)),
         Command::Keys(args) => keys::run(args),
-        Command::Validate(args) => validate::run(args),
+        Command::Validate(args) => block_on(validate::run(args)),
         Command::Cleanup(args) => block_on(cleanup::run(args)),
     };
     match answer {
@@ -71,10 +72,11 @@ fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
     })
 }
 
-/// RUST_LOG can ask for anything but what the tunnel's library says of keys.
+/// RUST_LOG can ask for anything but what the tunnel's library says of keys, and what our problems say already.
 fn start_logs(format: LogFormat) {
     let wanted = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
-    let capped = wanted.add_directive(tunnel::LOG_CAP.parse().expect("a directive"));
+    let caps = source::LOG_CAPS.into_iter().chain([tunnel::LOG_CAP]);
+    let capped = caps.fold(wanted, |wanted, cap| wanted.add_directive(cap.parse().expect("a directive")));
     let colours = std::io::stderr().is_terminal();
     let logs = tracing_subscriber::fmt().with_env_filter(capped).with_writer(std::io::stderr).with_ansi(colours);
     match format {

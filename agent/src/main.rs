@@ -2,8 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    agent::cli::main(agent::args::Args::parse())
+    agent::cli::main(agent::args::Args::read())
 }

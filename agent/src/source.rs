@@ -1,24 +1,29 @@
-//! Where the objects come from: folders of manifests, as snapshots.
+//! Where the objects come from, as snapshots: folders of manifests, or the API server.
 //!
-//! [`Folder`] reads, [`follow`] reads whenever something changes. Invariants that every pass relies on: what could not
-//! be read never looks like something that was deleted ([`Snapshot::complete`], [`NotSynced`]), and the same files give
+//! [`read`] reads once, [`follow`] whenever something changes. Invariants that every pass relies on: what could not
+//! be read never looks like something that was deleted ([`Snapshot::complete`], [`NotSynced`]), and the same objects give
 //! the same snapshot in whatever order they were written.
 
 mod folder;
+mod kube;
 mod manifest;
+mod store;
 mod strict;
 mod walk;
 mod watch;
 mod yaml;
 
-use std::{fmt, path::PathBuf};
+use std::{fmt, path::PathBuf, sync::Arc};
 
-pub use folder::Folder;
-pub use watch::{Followed, follow};
+use tokio::sync::watch::{Receiver, Sender};
 
+pub use self::{
+    folder::Folder,
+    kube::{ConnectError, LOG_CAPS, Server},
+};
 use crate::api::Objects;
 
-/// One view of the folder.
+/// One view of the objects.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
     /// Each kind by name; no name twice.
@@ -29,22 +34,22 @@ pub struct Snapshot {
     pub problems: Vec<Problem>,
 }
 
-/// A document that could not be used.
+/// Something that could not be used.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
-    /// The absolute path, as it was given and followed.
-    pub file: String,
+    /// The absolute path, as it was given and followed; or the API server's address and the kind, or the object.
+    pub place: String,
     /// Line in the file, from 1, where it is known.
     pub line: Option<usize>,
     /// Document in the file, from 1, where it is known.
     pub document: Option<usize>,
-    /// What is wrong and what to do. Never holds file contents that could be a secret.
+    /// What is wrong and what to do. Never holds contents that could be a secret.
     pub message: String,
 }
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.file)?;
+        f.write_str(&self.place)?;
         if let Some(line) = self.line {
             write!(f, ":{line}")?;
         }
@@ -55,15 +60,58 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Why there is no snapshot: a folder that is missing or empty says nothing, least of all that everything is to go.
+/// Why there is no snapshot: what is missing or empty says nothing, least of all that everything is to go.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}: {why}", dir.display())]
+#[error("{place}: {why}")]
 pub struct NotSynced {
-    pub dir: PathBuf,
+    /// A folder, or the API server's address.
+    pub place: String,
     pub why: String,
 }
 
-/// Reads the folders as they are now, with no memory of what they were. Blocks on the file system.
-pub fn read_once(dirs: &[PathBuf]) -> Result<Snapshot, NotSynced> {
-    Folder::new(dirs.to_vec()).read()
+/// Who tells of the objects.
+#[derive(Clone, Debug)]
+pub enum Origin {
+    Folders(Vec<PathBuf>),
+    Kube(Server),
+}
+
+/// What is said now; before everything needed has been synced once, why it is not.
+pub type Followed = Result<Arc<Snapshot>, NotSynced>;
+
+/// Follows the origin for as long as somebody listens. Once it has been synced, what goes missing leaves what was said
+/// last in force, with why among its problems. Only what differs from the last is published.
+///
+/// Must be called within a tokio runtime.
+pub async fn follow(origin: &Origin) -> Result<Receiver<Followed>, ConnectError> {
+    match origin {
+        Origin::Folders(dirs) => Ok(watch::follow(dirs.clone())),
+        Origin::Kube(server) => kube::follow(server).await,
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error(transparent)]
+    NotSynced(#[from] NotSynced),
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+}
+
+/// Reads what is there now, with no memory of what was. Blocks on the file system.
+pub async fn read(origin: &Origin) -> Result<Snapshot, ReadError> {
+    match origin {
+        Origin::Folders(dirs) => Ok(Folder::new(dirs.clone()).read()?),
+        Origin::Kube(server) => kube::read(server).await,
+    }
+}
+
+fn publish(now: Result<Snapshot, NotSynced>, sender: &Sender<Followed>) {
+    sender.send_if_modified(|last| {
+        let changed = last.as_deref() != now.as_ref();
+        if changed {
+            *last = now.map(Arc::new);
+        }
+        changed
+    });
 }

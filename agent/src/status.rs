@@ -210,7 +210,7 @@ impl Status {
     /// What this node is, and what it found.
     fn show_node(&self, text: &mut String) {
         let state = match (self.synced, self.ready) {
-            (false, _) => "waiting for its folder",
+            (false, _) => "waiting for its objects",
             (true, false) => "not ready",
             (true, true) if self.connected => "ready, connected",
             (true, true) => "ready, not connected",

@@ -2,14 +2,17 @@
 //!
 //! What `kubectl get -o yaml` prints of them is read as it is: fields that are not here are somebody else's business.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 
-/// Its name, and its namespace where the kind has one.
+/// Its name, its namespace where the kind has one, and its labels.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Metadata {
     pub name: String,
     pub namespace: String,
+    pub labels: BTreeMap<String, String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]

@@ -38,7 +38,7 @@ struct Answer {
 
 pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     check_backend(&args.node.backend)?;
-    let snapshot = source::read_once(&args.node.config_dirs)?;
+    let snapshot = source::read(&args.node.origin(node_name(&args.node))).await?;
     let view = View::new(&snapshot, &args.node);
     let mut keys = Keys::default();
     keys.refresh(&args.node, &view.intent);

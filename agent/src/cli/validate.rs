@@ -21,8 +21,8 @@ struct Answer {
     warnings: Vec<String>,
 }
 
-pub(super) fn run(args: args::Validate) -> anyhow::Result<bool> {
-    let snapshot = source::read_once(&args.dirs)?;
+pub(super) async fn run(args: args::Validate) -> anyhow::Result<bool> {
+    let snapshot = source::read(&args.origin()).await?;
     let (mesh, mut rejected) = intent::mesh(&snapshot.objects, &args.mesh_domain);
     let (cluster, refused_here) = match args.cluster_name {
         Some(cluster) => {

@@ -197,7 +197,7 @@ fn node(name: &str, words: &[&str]) -> v1::Node {
 
 fn pod(name: &str, node: &str, words: &[&str]) -> v1::Pod {
     let (namespace, name) = name.split_once('/').unwrap_or(("", name));
-    let metadata = v1::Metadata { name: plain(name), namespace: namespace.to_owned() };
+    let metadata = v1::Metadata { name: plain(name), namespace: namespace.to_owned(), ..v1::Metadata::default() };
     let mut pod = v1::Pod { metadata, ..v1::Pod::default() };
     pod.spec.node_name = plain(node);
     for word in words {

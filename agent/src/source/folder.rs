@@ -116,8 +116,8 @@ impl Folder {
         problems.sort();
         let complete = steady && tree.unknown.is_empty() && self.known.values().all(|known| known.good.is_some());
         if complete && objects == Objects::default() {
-            let dir = self.dirs.first().cloned().unwrap_or_default();
-            return Err(NotSynced { dir, why: "holds manifests, but no object in them".to_owned() });
+            let place = self.dirs.first().map(|dir| dir.display().to_string()).unwrap_or_default();
+            return Err(NotSynced { place, why: "holds manifests, but no object in them".to_owned() });
         }
         Ok(Snapshot { objects, complete, problems })
     }
@@ -223,7 +223,7 @@ fn merge(known: &BTreeMap<PathBuf, Known>) -> (Objects, Vec<Problem>) {
 }
 
 fn problem(path: &Path, (line, document, message): Located) -> Problem {
-    Problem { file: path.display().to_string(), document, line, message }
+    Problem { place: path.display().to_string(), document, line, message }
 }
 
 #[cfg(test)]

@@ -375,6 +375,9 @@ metadata:
                         metadata: Metadata {
                             name: "n1",
                             namespace: "",
+                            labels: {
+                                "kubernetes.io/hostname": "n1",
+                            },
                         },
                         spec: NodeSpec {
                             pod_cidr: "10.42.0.0/24",
@@ -401,6 +404,7 @@ metadata:
                         metadata: Metadata {
                             name: "coredns-5688667fd4-abcde",
                             namespace: "kube-system",
+                            labels: {},
                         },
                         spec: PodSpec {
                             node_name: "n1",

@@ -116,7 +116,7 @@ pub(super) fn walk(dirs: &[PathBuf]) -> (Tree, Result<(), NotSynced>) {
 fn root(dir: &Path, tree: &mut Tree) -> Result<(), NotSynced> {
     let dir = &std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
     tree.places.trace(dir);
-    let not_synced = |why: &str| NotSynced { dir: dir.clone(), why: why.to_owned() };
+    let not_synced = |why: &str| NotSynced { place: dir.display().to_string(), why: why.to_owned() };
     match fs::metadata(dir) {
         Ok(meta) if !meta.is_dir() => {
             return Err(not_synced("is no directory: give the folder that holds the manifests"));

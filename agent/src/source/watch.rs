@@ -11,7 +11,6 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, RawFd},
     path::PathBuf,
-    sync::Arc,
     time::Duration,
 };
 
@@ -27,7 +26,7 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Folder, NotSynced, Problem, Snapshot,
+    Folder, Followed, NotSynced, Problem, Snapshot, publish,
     walk::{Names, Places},
 };
 
@@ -52,17 +51,15 @@ const EVENTS: AddWatchFlags = AddWatchFlags::IN_CREATE
     .union(AddWatchFlags::IN_MOVE_SELF)
     .union(AddWatchFlags::IN_ONLYDIR);
 
-/// What the folders say now; before they have been synced once, why they are not.
-pub type Followed = Result<Arc<Snapshot>, NotSynced>;
-
 /// Follows the folders for as long as somebody listens. Once they have been synced, a folder that goes missing leaves
 /// what it said last in force: the last snapshot, incomplete, with why among its problems. Only what differs from the
 /// last is published.
 ///
 /// Must be called within a tokio runtime.
-pub fn follow(dirs: Vec<PathBuf>) -> Receiver<Followed> {
+pub(super) fn follow(dirs: Vec<PathBuf>) -> Receiver<Followed> {
     let why = "has not been read yet".to_owned();
-    let (sender, receiver) = channel(Err(NotSynced { dir: dirs.first().cloned().unwrap_or_default(), why }));
+    let (sender, receiver) =
+        channel(Err(NotSynced { place: dirs.first().map(|dir| dir.display().to_string()).unwrap_or_default(), why }));
     tokio::spawn(run(Folder::new(dirs), Waker::new(RESCAN), sender));
     receiver
 }
@@ -102,24 +99,14 @@ fn standing(looked: Result<Snapshot, NotSynced>, last: &mut Option<Snapshot>) ->
     match (looked, &*last) {
         (Ok(snapshot), _) => Ok(last.insert(snapshot).clone()),
         (Err(missing), None) => Err(missing),
-        (Err(NotSynced { dir, why }), Some(last)) => {
+        (Err(NotSynced { place, why }), Some(last)) => {
             let message = format!("{why} (what it said before stays in force)");
             let mut snapshot = Snapshot { complete: false, ..last.clone() };
-            snapshot.problems.push(Problem { file: dir.display().to_string(), line: None, document: None, message });
+            snapshot.problems.push(Problem { place, line: None, document: None, message });
             snapshot.problems.sort();
             Ok(snapshot)
         }
     }
-}
-
-fn publish(now: Result<Snapshot, NotSynced>, sender: &Sender<Followed>) {
-    sender.send_if_modified(|last| {
-        let changed = last.as_deref() != now.as_ref();
-        if changed {
-            *last = now.map(Arc::new);
-        }
-        changed
-    });
 }
 
 /// What ends a wait.
@@ -273,7 +260,7 @@ mod tests {
     }
 
     fn unread() -> super::Followed {
-        Err(NotSynced { dir: PathBuf::new(), why: "unread".to_owned() })
+        Err(NotSynced { place: String::new(), why: "unread".to_owned() })
     }
 
     /// A folder that is followed, and every state that was seen.
@@ -455,9 +442,9 @@ mod tests {
 
     #[test]
     fn why_a_folder_is_missing_is_always_told_and_nothing_else_changes() {
-        let missing = |why: &str| NotSynced { dir: "/mesh".into(), why: why.to_owned() };
+        let missing = |why: &str| NotSynced { place: "/mesh".to_owned(), why: why.to_owned() };
         let told = |file: &str, message: &str| Problem {
-            file: file.to_owned(),
+            place: file.to_owned(),
             line: None,
             document: None,
             message: message.to_owned(),
@@ -479,7 +466,7 @@ mod tests {
     #[tokio::test]
     async fn only_news_are_published() {
         let (sender, mut receiver) = channel(unread());
-        let missing = |why: &str| NotSynced { dir: "x".into(), why: why.to_owned() };
+        let missing = |why: &str| NotSynced { place: "x".to_owned(), why: why.to_owned() };
         let mut publishes = |now| {
             publish(now, &sender);
             let news = receiver.has_changed().unwrap();

@@ -1,0 +1,201 @@
+//! The objects of an API server, as snapshots: [`follow`] and [`read`].
+//!
+//! One task for each kind ([`watch`]) tells what the API server says; one task hears them all ([`View`], pure) and
+//! publishes. A worker watches its own Node only, a gateway every Node: for as long as the label on its own says so.
+//!
+//! Invariant: an API server that is away, refuses, starts anew or loses its CRDs takes nothing from the snapshot.
+
+mod connect;
+mod prune;
+mod view;
+mod watch;
+
+use std::{ffi::OsString, time::Duration};
+
+use kube::{
+    Api, Client,
+    core::{ApiResource, DeserializeGuard},
+    runtime::watcher,
+};
+use tokio::{
+    sync::{
+        mpsc,
+        watch::{Receiver, Sender, channel},
+    },
+    task::JoinSet,
+    time::{Instant, sleep_until, timeout_at},
+};
+
+pub use self::connect::ConnectError;
+use self::{
+    view::{Told, View},
+    watch::{Kind, Watch},
+};
+use super::{Followed, NotSynced, ReadError, Snapshot, publish};
+use crate::{
+    api::{EgressPolicy, MeshCluster, MeshGateway, RouteAdvertisement},
+    names::NodeName,
+};
+
+/// What kube's crates say of a failure that the snapshot tells of.
+pub const LOG_CAPS: [&str; 2] = ["kube_client=off", "kube_runtime=off"];
+
+/// How long [`read`] waits until every kind has been listed, or has failed,
+const PATIENCE: Duration = Duration::from_secs(20);
+/// and how long at least: a kind that has just been made is not served at once.
+const SECOND_TRY: Duration = Duration::from_secs(3);
+/// What tasks have told and nobody has heard yet: beyond it they wait, and with them the API server.
+const UNHEARD: usize = 256;
+/// A wait that never ends.
+const NEVER: Duration = Duration::from_secs(1 << 32);
+
+/// An API server, and who asks it.
+#[derive(Clone, Debug)]
+pub struct Server {
+    /// One or several, as KUBECONFIG has them; `None`: the service account of the pod.
+    pub kubeconfig: Option<OsString>,
+    /// The node whose view it is; `None`: all Nodes, and none of them is needed.
+    pub node: Option<NodeName>,
+}
+
+pub(super) async fn follow(server: &Server) -> Result<Receiver<Followed>, ConnectError> {
+    let (client, mut view) = start(server).await?;
+    let why = "nothing has been listed yet".to_owned();
+    let (sender, receiver) = channel(Err(NotSynced { place: view.host().to_owned(), why }));
+    tokio::spawn(async move {
+        let mut watches = Watches::new(client);
+        tokio::select! {
+            () = sender.closed() => {}
+            () = run(&mut view, &mut watches, &sender) => {}
+        }
+    });
+    Ok(receiver)
+}
+
+pub(super) async fn read(server: &Server) -> Result<Snapshot, ReadError> {
+    let (client, mut view) = start(server).await?;
+    let mut watches = Watches::new(client);
+    let began = Instant::now();
+    loop {
+        watches.follow_nodes(&mut view);
+        let patience = match (view.is_settled(), view.snapshot()) {
+            (true, Ok(snapshot)) => return Ok(snapshot),
+            (true, Err(_)) => SECOND_TRY,
+            (false, _) => PATIENCE,
+        };
+        let Ok(told) = timeout_at(began + patience, watches.next()).await else { break };
+        view.hear(began.elapsed(), told);
+    }
+    Ok(view.snapshot()?)
+}
+
+async fn start(server: &Server) -> Result<(Client, View), ConnectError> {
+    let (client, host) = connect::connect(server.kubeconfig.as_deref()).await?;
+    Ok((client, View::new(host, server.node.as_ref().map(ToString::to_string))))
+}
+
+async fn run(view: &mut View, watches: &mut Watches, sender: &Sender<Followed>) {
+    let began = Instant::now();
+    let mut settled = false;
+    loop {
+        watches.follow_nodes(view);
+        settled |= view.is_settled();
+        if settled {
+            publish(view.snapshot(), sender);
+        }
+        let due = began + view.next().unwrap_or(NEVER);
+        tokio::select! {
+            told = watches.next() => {
+                let mut changed = view.hear(began.elapsed(), told);
+                // A list tells of each object on its own, and of many there is one snapshot.
+                while let Some(told) = watches.heard() {
+                    changed |= view.hear(began.elapsed(), told);
+                }
+                if !changed {
+                    continue;
+                }
+            }
+            () = sleep_until(due) => view.tick(began.elapsed()),
+        }
+    }
+}
+
+/// The tasks that watch. They end with this.
+struct Watches {
+    client: Client,
+    tell: mpsc::Sender<Told>,
+    told: mpsc::Receiver<Told>,
+    tasks: JoinSet<()>,
+    own_node: bool,
+    nodes: Option<tokio::task::AbortHandle>,
+    /// Of watches of all Nodes, so that what an ended one told last is not taken for a later one's.
+    generation: u64,
+}
+
+impl Watches {
+    fn new(client: Client) -> Watches {
+        let (tell, told) = mpsc::channel(UNHEARD);
+        let mut tasks = JoinSet::new();
+        let ours = |plural| Kind::Ours { plural, client: client.clone() };
+        let all = watcher::Config::default;
+        tasks.spawn(watch::<MeshCluster>(&client, ours("meshclusters"), all()).run(tell.clone(), Told::Clusters));
+        tasks.spawn(
+            watch::<RouteAdvertisement>(&client, ours("routeadvertisements"), all())
+                .run(tell.clone(), Told::Advertisements),
+        );
+        tasks.spawn(watch::<EgressPolicy>(&client, ours("egresspolicies"), all()).run(tell.clone(), Told::Policies));
+        tasks.spawn(watch::<MeshGateway>(&client, ours("meshgateways"), all()).run(tell.clone(), Told::Gateways));
+        Watches { client, tell, told, tasks, own_node: false, nodes: None, generation: 0 }
+    }
+
+    /// Begins and ends the watches of Nodes, as the view needs them.
+    fn follow_nodes(&mut self, view: &mut View) {
+        if let (false, Some(name)) = (self.own_node, view.me()) {
+            self.own_node = true;
+            let own = watcher::Config::default().fields(&format!("metadata.name={name}"));
+            self.tasks.spawn(nodes(&self.client, own).run(self.tell.clone(), Told::OwnNode));
+        }
+        match (&self.nodes, view.wants_nodes()) {
+            (None, true) => {
+                self.generation += 1;
+                let generation = self.generation;
+                let all = nodes(&self.client, watcher::Config::default());
+                let told = move |heard| Told::Nodes(generation, heard);
+                self.nodes = Some(self.tasks.spawn(all.run(self.tell.clone(), told)));
+                view.begin_nodes(generation);
+            }
+            (Some(task), false) => {
+                task.abort();
+                self.nodes = None;
+                view.end_nodes();
+            }
+            _ => {}
+        }
+    }
+
+    async fn next(&mut self) -> Told {
+        self.told.recv().await.expect("we hold a sender")
+    }
+
+    fn heard(&mut self) -> Option<Told> {
+        self.told.try_recv().ok()
+    }
+}
+
+fn watch<K>(client: &Client, kind: Kind, config: watcher::Config) -> Watch<K>
+where
+    K: kube::Resource<DynamicType = ()>,
+{
+    Watch { api: Api::<DeserializeGuard<K>>::all(client.clone()), kind, config }
+}
+
+fn nodes(client: &Client, config: watcher::Config) -> Watch<prune::KubeNode> {
+    let node = ApiResource {
+        group: String::new(),
+        version: "v1".to_owned(),
+        api_version: "v1".to_owned(),
+        kind: "Node".to_owned(),
+        plural: "nodes".to_owned(),
+    };
+    Watch { api: Api::all_with(client.clone(), &node), kind: Kind::Kubernetes { plural: "nodes" }, config }
+}

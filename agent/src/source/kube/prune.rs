@@ -1,0 +1,149 @@
+//! From the API server's objects to what the agent uses of them. All else is dropped as it comes, and a change to it is
+//! no news: heartbeats, conditions, managed fields.
+
+use kube::core::{DeserializeGuard, Object, ObjectMeta};
+
+use crate::api::{EgressPolicy, MeshCluster, MeshGateway, RouteAdvertisement, v1};
+
+/// The labels that are kept of a Node.
+const OUR_LABELS: &str = "carrick.dev/";
+
+/// A Node as the API server has it.
+pub(super) type KubeNode = Object<v1::NodeSpec, v1::NodeStatus>;
+
+/// An object of the API server, and what is left of it.
+pub(super) trait Prune {
+    type Pruned;
+
+    fn prune(self) -> Self::Pruned;
+}
+
+/// What names the object, and what a condition or an event of it has to say.
+fn named(meta: ObjectMeta) -> ObjectMeta {
+    ObjectMeta { name: meta.name, uid: meta.uid, generation: meta.generation, ..ObjectMeta::default() }
+}
+
+macro_rules! prune_ours {
+    ($($kind:ident),*) => {$(
+        impl Prune for $kind {
+            type Pruned = $kind;
+
+            fn prune(self) -> $kind {
+                $kind { metadata: named(self.metadata), spec: self.spec, status: None }
+            }
+        }
+    )*};
+}
+
+prune_ours!(MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway);
+
+impl Prune for KubeNode {
+    type Pruned = v1::Node;
+
+    fn prune(self) -> v1::Node {
+        let labels = self.metadata.labels.unwrap_or_default();
+        let metadata = v1::Metadata {
+            name: self.metadata.name.unwrap_or_default(),
+            namespace: String::new(),
+            labels: labels.into_iter().filter(|(key, _)| key.starts_with(OUR_LABELS)).collect(),
+        };
+        let mut status = self.status.unwrap_or_default();
+        status.addresses.retain(|address| address.kind == "InternalIP");
+        v1::Node { metadata, spec: self.spec, status }
+    }
+}
+
+/// The pruned object, or why there is none.
+pub(super) fn opened<K: Prune>(guarded: DeserializeGuard<K>) -> Result<K::Pruned, String> {
+    guarded.0.map(Prune::prune).map_err(|invalid| unquoted(&invalid.error))
+}
+
+/// Without the texts that it cites: somebody may have put a key there.
+fn unquoted(message: &str) -> String {
+    let parts = message.split('"').enumerate();
+    parts.map(|(i, part)| if i % 2 == 0 { part } else { "\"…\"" }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+    use kube::Resource;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn of_a_node_name_our_labels_ranges_and_internal_addresses_are_kept() {
+        let node = json!({
+            "apiVersion": "v1", "kind": "Node",
+            "metadata": {
+                "name": "n1", "uid": "u", "resourceVersion": "7", "annotations": {"a": "b"},
+                "labels": {"carrick.dev/gateway": "0", "kubernetes.io/hostname": "n1"},
+                "managedFields": [{"manager": "kubelet", "fieldsV1": {"f:spec": {}}}],
+            },
+            "spec": {"podCIDR": "10.42.0.0/24", "podCIDRs": ["10.42.0.0/24"], "providerID": "k3s://n1", "taints": []},
+            "status": {
+                "addresses": [{"type": "InternalIP", "address": "192.0.2.1"}, {"type": "Hostname", "address": "n1"}],
+                "conditions": [{"type": "Ready", "status": "True"}], "images": [{"names": ["x"], "sizeBytes": 1}],
+            },
+        });
+        let node = opened(serde_json::from_value::<DeserializeGuard<KubeNode>>(node).unwrap());
+        expect![[r#"
+            Ok(
+                Node {
+                    metadata: Metadata {
+                        name: "n1",
+                        namespace: "",
+                        labels: {
+                            "carrick.dev/gateway": "0",
+                        },
+                    },
+                    spec: NodeSpec {
+                        pod_cidr: "10.42.0.0/24",
+                        pod_cidrs: [
+                            "10.42.0.0/24",
+                        ],
+                    },
+                    status: NodeStatus {
+                        addresses: [
+                            NodeAddress {
+                                kind: "InternalIP",
+                                address: "192.0.2.1",
+                            },
+                        ],
+                    },
+                },
+            )"#]]
+        .assert_eq(&format!("{node:#?}"));
+    }
+
+    #[test]
+    fn of_our_kinds_the_spec_is_kept_and_what_names_the_object() {
+        let cluster = json!({
+            "apiVersion": "carrick.dev/v1alpha1", "kind": "MeshCluster",
+            "metadata": {
+                "name": "mn", "uid": "u", "generation": 3, "resourceVersion": "7", "labels": {"a": "b"},
+                "managedFields": [{"manager": "kubectl", "fieldsV1": {}}],
+            },
+            "spec": {"id": 1, "allowedCIDRs": ["10.42.0.0/16"]},
+            "status": {"conditions": []},
+        });
+        let read = serde_json::from_value::<DeserializeGuard<MeshCluster>>(cluster).unwrap();
+        let kept = serde_json::to_value(opened(read).unwrap()).unwrap();
+        let expected = json!({
+            "apiVersion": "carrick.dev/v1alpha1", "kind": "MeshCluster",
+            "metadata": {"name": "mn", "uid": "u", "generation": 3},
+            "spec": {"id": 1, "allowedCIDRs": ["10.42.0.0/16"]},
+        });
+        assert_eq!(kept, expected);
+    }
+
+    #[test]
+    fn a_bad_object_has_its_name_and_tells_no_secret() {
+        let bad = json!({"metadata": {"name": "mn"}, "spec": {"id": "wOEI9rqqbDwnN8/Bpp22sVz48T71vJ4fYmFewulwWUU="}});
+        let read = serde_json::from_value::<DeserializeGuard<MeshCluster>>(bad).unwrap();
+        assert_eq!(read.meta().name.as_deref(), Some("mn"));
+        let error = opened(read).unwrap_err();
+        assert_eq!(error, "Invalid type string \"…\". Expected i64");
+    }
+}

@@ -1,0 +1,327 @@
+//! What the watches have told, as one snapshot: no I/O, and every `now` is an argument.
+//!
+//! Invariants: there is no snapshot until our four kinds have been listed whole, and this node's own Node is known. From
+//! then on there always is one. What is told of one kind changes nothing about another, so the order between kinds does
+//! not matter.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use super::watch::{Heard, Trouble};
+use crate::{
+    api::{EgressPolicy, MeshCluster, MeshGateway, Objects, RouteAdvertisement, v1},
+    source::{
+        NotSynced, Problem, Snapshot,
+        store::{Event, GRACE, Store},
+    },
+};
+
+/// On a Node: it holds a slot, so it is a gateway.
+const GATEWAY_LABEL: &str = "carrick.dev/gateway";
+/// Names told of what a doubted list lacks.
+const MAX_NAMES: usize = 5;
+const STANDS: &str = "what it said before stays in force";
+
+/// What one watch tells.
+#[derive(Clone, Debug)]
+pub(super) enum Told {
+    Clusters(Heard<MeshCluster>),
+    Advertisements(Heard<RouteAdvertisement>),
+    Policies(Heard<EgressPolicy>),
+    Gateways(Heard<MeshGateway>),
+    OwnNode(Heard<v1::Node>),
+    /// Of which watch of all Nodes it is.
+    Nodes(u64, Heard<v1::Node>),
+}
+
+/// An object, as far as it could be read.
+#[derive(Clone, Debug, PartialEq)]
+struct Known<T> {
+    /// As it last could.
+    good: Option<T>,
+    /// Why what is there now cannot be used.
+    flaw: Option<String>,
+}
+
+/// What is known of one kind.
+#[derive(Clone, Debug)]
+struct Kind<T> {
+    name: &'static str,
+    store: Store<Known<T>>,
+    trouble: Option<Trouble>,
+}
+
+impl<T: Clone> Kind<T> {
+    fn new(name: &'static str) -> Kind<T> {
+        Kind { name, store: Store::default(), trouble: None }
+    }
+
+    /// Returns whether anything is different.
+    fn hear(&mut self, now: Duration, heard: Heard<T>) -> bool {
+        let event = match heard {
+            Heard::Failed(trouble) => {
+                let news = self.trouble.as_ref() != Some(&trouble);
+                self.trouble = Some(trouble);
+                return news;
+            }
+            Heard::Event(event) => event,
+        };
+        // That a list begins, or goes on, is no sign yet that it will end.
+        let recovered =
+            matches!(event, Event::ListEnds | Event::Set(..) | Event::Deleted(_)) && self.trouble.take().is_some();
+        let event = match event {
+            Event::Listed(name, read) => Event::Listed(name.clone(), self.known(&name, read)),
+            Event::Set(name, read) => Event::Set(name.clone(), self.known(&name, read)),
+            Event::ListBegins => Event::ListBegins,
+            Event::ListEnds => Event::ListEnds,
+            Event::Deleted(name) => Event::Deleted(name),
+        };
+        self.store.hear(now, event) || recovered
+    }
+
+    fn known(&self, name: &str, read: Result<T, String>) -> Known<T> {
+        match read {
+            Ok(object) => Known { good: Some(object), flaw: None },
+            Err(flaw) => Known { good: self.store.get(name).and_then(|known| known.good.clone()), flaw: Some(flaw) },
+        }
+    }
+
+    /// Whether its watch has said something, be it that it cannot.
+    fn is_settled(&self) -> bool {
+        self.store.is_synced() || self.trouble.is_some()
+    }
+
+    fn is_complete(&self) -> bool {
+        let unserved = self.trouble == Some(Trouble::NotServed);
+        !unserved && self.store.is_complete() && self.store.objects().all(|(_, known)| known.good.is_some())
+    }
+
+    fn objects(&self) -> impl Iterator<Item = &T> {
+        self.store.objects().filter_map(|(_, known)| known.good.as_ref())
+    }
+
+    /// Why it has not been listed.
+    fn missing(&self) -> Option<(&str, &'static str)> {
+        let why = self.trouble.as_ref().map_or("not listed yet", Trouble::told);
+        (!self.store.is_synced()).then_some((why, self.name))
+    }
+
+    fn problems<'a>(&'a self, host: &'a str) -> impl Iterator<Item = Problem> + 'a {
+        let stands = if self.store.is_synced() { format!(" ({STANDS})") } else { String::new() };
+        let trouble = self.trouble.iter().map(move |trouble| match trouble {
+            Trouble::NotServed => problem(format!("{host} {}", self.name), format!("{}{stands}", trouble.told())),
+            // Of the API server as a whole, more often than not: then every kind says the same.
+            Trouble::Other(why) => problem(host.to_owned(), format!("{why}{stands}")),
+        });
+        let flawed =
+            self.store.objects().filter_map(|(name, known)| known.flaw.as_ref().map(|flaw| (name, flaw, known)));
+        let flawed = flawed.map(move |(name, flaw, known)| {
+            let stands = if known.good.is_some() { format!(" ({STANDS})") } else { String::new() };
+            let message = format!("cannot be read by this version: {flaw}: correct it{stands}");
+            problem(format!("{host} {} {name}", self.name), message)
+        });
+        let doubted = self.doubted().map(|message| problem(format!("{host} {}", self.name), message));
+        trouble.chain(flawed).chain(doubted)
+    }
+
+    fn doubted(&self) -> Option<String> {
+        let names: Vec<&str> = self.store.doubted().collect();
+        let more = names.len().saturating_sub(MAX_NAMES);
+        let mut shown = names[..names.len() - more].join(", ");
+        if more > 0 {
+            shown += &format!(" and {more} more");
+        }
+        (!names.is_empty()).then(|| {
+            format!(
+                "half or more are gone from one list to the next: {shown}. They stay in force for {} s after it: put them \
+                 back, unless they are to go",
+                GRACE.as_secs()
+            )
+        })
+    }
+}
+
+impl Trouble {
+    /// With the remedy.
+    fn told(&self) -> &str {
+        match self {
+            Trouble::NotServed => "the API server does not have this kind: install the chart's CRDs",
+            Trouble::Other(why) => why,
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct View {
+    host: String,
+    me: Option<String>,
+    clusters: Kind<MeshCluster>,
+    advertisements: Kind<RouteAdvertisement>,
+    policies: Kind<EgressPolicy>,
+    gateways: Kind<MeshGateway>,
+    own: Kind<v1::Node>,
+    /// The own Node as it last was, for when it is gone.
+    last_own: Option<v1::Node>,
+    nodes: Kind<v1::Node>,
+    /// Of which watch of all Nodes is heard.
+    generation: u64,
+}
+
+impl View {
+    /// `me`: the own Node's name; without it all Nodes are wanted, and none is needed.
+    pub(super) fn new(host: String, me: Option<String>) -> View {
+        View {
+            host,
+            me,
+            clusters: Kind::new("MeshClusters"),
+            advertisements: Kind::new("RouteAdvertisements"),
+            policies: Kind::new("EgressPolicies"),
+            gateways: Kind::new("MeshGateways"),
+            own: Kind::new("this node's own Node"),
+            last_own: None,
+            nodes: Kind::new("Nodes"),
+            generation: 0,
+        }
+    }
+
+    pub(super) fn host(&self) -> &str {
+        &self.host
+    }
+
+    pub(super) fn me(&self) -> Option<&str> {
+        self.me.as_deref()
+    }
+
+    /// Returns whether anything is different.
+    pub(super) fn hear(&mut self, now: Duration, told: Told) -> bool {
+        match told {
+            Told::Clusters(heard) => self.clusters.hear(now, heard),
+            Told::Advertisements(heard) => self.advertisements.hear(now, heard),
+            Told::Policies(heard) => self.policies.hear(now, heard),
+            Told::Gateways(heard) => self.gateways.hear(now, heard),
+            Told::OwnNode(heard) => {
+                let news = self.own.hear(now, heard);
+                if let Some(own) = self.own.objects().next() {
+                    self.last_own = Some(own.clone());
+                }
+                news
+            }
+            Told::Nodes(generation, heard) => generation == self.generation && self.nodes.hear(now, heard),
+        }
+    }
+
+    /// Lets go of what was doubted for long enough.
+    pub(super) fn tick(&mut self, now: Duration) {
+        self.clusters.store.tick(now);
+        self.advertisements.store.tick(now);
+        self.policies.store.tick(now);
+        self.gateways.store.tick(now);
+        self.own.store.tick(now);
+        self.nodes.store.tick(now);
+    }
+
+    /// When [`View::tick`] has something to do next.
+    pub(super) fn next(&self) -> Option<Duration> {
+        let ours = [self.clusters.store.next(), self.advertisements.store.next(), self.policies.store.next()];
+        let nodes = [self.gateways.store.next(), self.own.store.next(), self.nodes.store.next()];
+        ours.into_iter().chain(nodes).flatten().min()
+    }
+
+    /// Whether all Nodes are to be watched.
+    pub(super) fn wants_nodes(&self) -> bool {
+        let gateway = |own: &v1::Node| own.metadata.labels.contains_key(GATEWAY_LABEL);
+        self.me.is_none() || self.last_own.as_ref().is_some_and(gateway)
+    }
+
+    pub(super) fn begin_nodes(&mut self, generation: u64) {
+        self.nodes = Kind::new(self.nodes.name);
+        self.generation = generation;
+    }
+
+    /// What other Nodes said is forgotten.
+    pub(super) fn end_nodes(&mut self) {
+        self.begin_nodes(0);
+    }
+
+    /// Whether every watch that is wanted has said something.
+    pub(super) fn is_settled(&self) -> bool {
+        let ours = self.clusters.is_settled() && self.advertisements.is_settled() && self.policies.is_settled();
+        let own = self.me.is_none() || self.own.is_settled();
+        ours && self.gateways.is_settled() && own && (!self.wants_nodes() || self.nodes.is_settled())
+    }
+
+    pub(super) fn snapshot(&self) -> Result<Snapshot, NotSynced> {
+        self.check_synced()?;
+        let (nodes, nodes_are_complete) = self.nodes();
+        let ours = self.clusters.is_complete() && self.advertisements.is_complete() && self.policies.is_complete();
+        let mut problems: Vec<Problem> = self.clusters.problems(&self.host).collect();
+        problems.extend(self.advertisements.problems(&self.host));
+        problems.extend(self.policies.problems(&self.host));
+        problems.extend(self.gateways.problems(&self.host));
+        problems.extend(self.own.problems(&self.host));
+        problems.extend(self.nodes.problems(&self.host));
+        if let Some(me) = self.me.as_ref().filter(|_| self.own.objects().next().is_none()) {
+            let message = format!("is gone: {STANDS}");
+            problems.push(problem(format!("{} Node {me}", self.host), message));
+        }
+        problems.sort();
+        problems.dedup();
+        let objects = Objects {
+            clusters: self.clusters.objects().cloned().collect(),
+            advertisements: self.advertisements.objects().cloned().collect(),
+            policies: self.policies.objects().cloned().collect(),
+            gateways: self.gateways.objects().cloned().collect(),
+            nodes,
+            pods: Vec::new(),
+        };
+        let complete = ours && self.gateways.is_complete() && nodes_are_complete;
+        Ok(Snapshot { objects, complete, problems })
+    }
+
+    fn check_synced(&self) -> Result<(), NotSynced> {
+        let ours = [self.clusters.missing(), self.advertisements.missing(), self.policies.missing()];
+        let nodes = if self.me.is_some() { self.own.missing() } else { self.nodes.missing() };
+        let mut missing: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (why, kind) in ours.into_iter().chain([self.gateways.missing(), nodes]).flatten() {
+            missing.entry(why).or_default().push(kind);
+        }
+        let mut told: Vec<String> = missing.iter().map(|(why, kinds)| format!("{}: {why}", kinds.join(", "))).collect();
+        if let Some(me) = self.me.as_ref().filter(|_| self.own.store.is_synced() && self.last_own.is_none()) {
+            told.push(format!("there is no usable Node {me}: name this node as its Node is, with --node-name"));
+        }
+        if told.is_empty() { Ok(()) } else { Err(NotSynced { place: self.host.clone(), why: told.join("; ") }) }
+    }
+
+    /// By name, and whether these are all that are needed. Of a gateway's node that is not watched, its MeshGateway
+    /// says what others need to know.
+    fn nodes(&self) -> (Vec<v1::Node>, bool) {
+        let mut nodes: BTreeMap<String, v1::Node> =
+            self.nodes.objects().map(|node| (node.metadata.name.clone(), node.clone())).collect();
+        nodes.extend(self.last_own.iter().map(|own| (own.metadata.name.clone(), own.clone())));
+        if !self.nodes.store.is_synced() {
+            for gateway in self.gateways.objects() {
+                nodes.entry(gateway.spec.node.clone()).or_insert_with(|| node_of(gateway));
+            }
+        }
+        let own = self.me.is_none() || (self.own.is_complete() && self.own.objects().next().is_some());
+        let all = !self.wants_nodes() || self.nodes.is_complete();
+        (nodes.into_values().collect(), own && all)
+    }
+}
+
+/// What a gateway says of the node that it runs on.
+fn node_of(gateway: &MeshGateway) -> v1::Node {
+    let internal = |address: &String| v1::NodeAddress { kind: "InternalIP".to_owned(), address: address.clone() };
+    let addresses = gateway.spec.hop_addresses.iter().map(internal).collect();
+    v1::Node {
+        metadata: v1::Metadata { name: gateway.spec.node.clone(), ..v1::Metadata::default() },
+        spec: v1::NodeSpec::default(),
+        status: v1::NodeStatus { addresses },
+    }
+}
+
+fn problem(place: String, message: String) -> Problem {
+    Problem { place, line: None, document: None, message }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,333 @@
+//! What a view makes of what it is told: its whole state as text, and laws.
+
+use std::fmt::Write;
+
+use expect_test::{Expect, expect};
+use proptest::{collection::vec, prelude::*, sample::Index};
+
+use super::*;
+use crate::api::{MeshClusterSpec, MeshGatewaySpec, RouteAdvertisementSpec};
+
+/// The whole answer of a view.
+fn rendered(view: &View) -> String {
+    let mut out = String::new();
+    match view.snapshot() {
+        Ok(Snapshot { objects, complete, problems }) => {
+            writeln!(out, "{}", if complete { "complete" } else { "incomplete" }).unwrap();
+            for object in &objects.clusters {
+                writeln!(out, "MeshCluster {} {}", object.metadata.name.as_deref().unwrap(), object.spec.id).unwrap();
+            }
+            for node in &objects.nodes {
+                let addresses: Vec<&str> = node.status.addresses.iter().map(|one| one.address.as_str()).collect();
+                writeln!(out, "Node {} {}", node.metadata.name, addresses.join(",")).unwrap();
+            }
+            problems.iter().for_each(|problem| writeln!(out, "{problem}").unwrap());
+        }
+        Err(missing) => writeln!(out, "not synced: {missing}").unwrap(),
+    }
+    out
+}
+
+fn check(view: &View, expected: Expect) {
+    expected.assert_eq(&rendered(view));
+}
+
+fn cluster(name: &str, id: i64) -> (String, Result<MeshCluster, String>) {
+    let spec = MeshClusterSpec { id, ..MeshClusterSpec::default() };
+    (name.to_owned(), Ok(MeshCluster::new(name, spec)))
+}
+
+fn gateway(ordinal: i64, node: &str, address: &str) -> (String, Result<MeshGateway, String>) {
+    let hop_addresses = vec![address.to_owned()];
+    let spec = MeshGatewaySpec { ordinal, node: node.to_owned(), hop_addresses, ..MeshGatewaySpec::default() };
+    (ordinal.to_string(), Ok(MeshGateway::new(&ordinal.to_string(), spec)))
+}
+
+fn advertisement(name: &str) -> (String, Result<RouteAdvertisement, String>) {
+    (name.to_owned(), Ok(RouteAdvertisement::new(name, RouteAdvertisementSpec::default())))
+}
+
+fn node(name: &str, address: &str, labels: &[&str]) -> (String, Result<v1::Node, String>) {
+    let metadata = v1::Metadata {
+        name: name.to_owned(),
+        namespace: String::new(),
+        labels: labels.iter().map(|label| (label.to_string(), "0".to_owned())).collect(),
+    };
+    let address = v1::NodeAddress { kind: "InternalIP".to_owned(), address: address.to_owned() };
+    let status = v1::NodeStatus { addresses: vec![address] };
+    (name.to_owned(), Ok(v1::Node { metadata, status, ..v1::Node::default() }))
+}
+
+type Named<T> = (String, Result<T, String>);
+
+fn list<T: Clone>(objects: &[Named<T>]) -> Vec<Heard<T>> {
+    let listed = objects.iter().cloned().map(|(name, read)| Event::Listed(name, read));
+    let events = [Event::ListBegins].into_iter().chain(listed).chain([Event::ListEnds]);
+    events.map(Heard::Event).collect()
+}
+
+fn set<T>((name, read): Named<T>) -> Heard<T> {
+    Heard::Event(Event::Set(name, read))
+}
+
+fn tell<T>(view: &mut View, told: impl Fn(Heard<T>) -> Told, heard: Vec<Heard<T>>) {
+    for heard in heard {
+        view.hear(Duration::ZERO, told(heard));
+    }
+}
+
+fn all_nodes(generation: u64) -> impl Fn(Heard<v1::Node>) -> Told {
+    move |heard| Told::Nodes(generation, heard)
+}
+
+/// A worker's view of two members, one gateway elsewhere.
+fn synced() -> View {
+    let mut view = View::new("https://api".to_owned(), Some("w1".to_owned()));
+    tell(&mut view, Told::Clusters, list(&[cluster("mn", 1), cluster("va", 2)]));
+    tell(&mut view, Told::Advertisements, list(&[advertisement("mn")]));
+    tell(&mut view, Told::Policies, list(&[]));
+    tell(&mut view, Told::Gateways, list(&[gateway(0, "g1", "192.0.2.1")]));
+    tell(&mut view, Told::OwnNode, list(&[node("w1", "192.0.2.9", &[])]));
+    view
+}
+
+#[test]
+fn a_half_synced_view_says_what_it_waits_for() {
+    let mut view = View::new("https://api".to_owned(), Some("w1".to_owned()));
+    tell(&mut view, Told::Clusters, list(&[cluster("mn", 1)]));
+    tell(&mut view, Told::Policies, vec![Heard::Failed(Trouble::NotServed)]);
+    tell(&mut view, Told::OwnNode, list(&[]));
+    check(
+        &view,
+        expect![[r#"
+        not synced: https://api: RouteAdvertisements, MeshGateways: not listed yet; EgressPolicies: the API server does not have this kind: install the chart's CRDs; there is no usable Node w1: name this node as its Node is, with --node-name
+    "#]],
+    );
+}
+
+#[test]
+fn a_worker_knows_the_nodes_of_gateways_by_what_these_say() {
+    check(
+        &synced(),
+        expect![[r#"
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+    "#]],
+    );
+}
+
+#[test]
+fn a_gateway_watches_all_nodes_for_as_long_as_its_own_says_so() {
+    let mut view = synced();
+    assert!(!view.wants_nodes());
+    view.hear(Duration::ZERO, Told::OwnNode(set(node("w1", "192.0.2.9", &[GATEWAY_LABEL]))));
+    assert!(view.wants_nodes());
+    view.begin_nodes(1);
+    let before = rendered(&view);
+    tell(&mut view, all_nodes(1), list(&[node("w1", "192.0.2.9", &[]), node("w2", "192.0.2.8", &[])]));
+    let after = rendered(&view);
+    view.hear(Duration::ZERO, Told::OwnNode(set(node("w1", "192.0.2.9", &[]))));
+    assert!(!view.wants_nodes());
+    view.end_nodes();
+    // What the ended watch told last.
+    tell(&mut view, all_nodes(1), list(&[node("w3", "192.0.2.7", &[])]));
+    let ended = rendered(&view);
+    expect![[r#"
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node w1 192.0.2.9
+        Node w2 192.0.2.8
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+    "#]]
+    .assert_eq(&format!("{before}{after}{ended}"));
+}
+
+#[test]
+fn an_own_node_that_is_gone_stays_as_it_was() {
+    let mut view = synced();
+    view.hear(Duration::ZERO, Told::OwnNode(Heard::Event(Event::Deleted("w1".to_owned()))));
+    check(
+        &view,
+        expect![[r#"
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api Node w1: is gone: what it said before stays in force
+    "#]],
+    );
+}
+
+#[test]
+fn a_bad_object_keeps_its_last_good_and_names_itself() {
+    let mut view = synced();
+    let bad = |name: &str| set((name.to_owned(), Err("invalid type".to_owned())));
+    view.hear(Duration::ZERO, Told::Clusters(bad("va")));
+    check(
+        &view,
+        expect![[r#"
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api MeshClusters va: cannot be read by this version: invalid type: correct it (what it said before stays in force)
+    "#]],
+    );
+    view.hear(Duration::ZERO, Told::Clusters(bad("de")));
+    check(
+        &view,
+        expect![[r#"
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api MeshClusters de: cannot be read by this version: invalid type: correct it
+        https://api MeshClusters va: cannot be read by this version: invalid type: correct it (what it said before stays in force)
+    "#]],
+    );
+}
+
+#[test]
+fn a_kind_that_is_lost_stays_and_comes_back() {
+    let mut view = synced();
+    let before = rendered(&view);
+    assert!(view.hear(Duration::ZERO, Told::Clusters(Heard::Failed(Trouble::NotServed))));
+    assert!(!view.hear(Duration::ZERO, Told::Clusters(Heard::Failed(Trouble::NotServed))), "no news");
+    let lost = rendered(&view);
+    tell(&mut view, Told::Clusters, list(&[]));
+    let doubted = rendered(&view);
+    tell(&mut view, Told::Clusters, list(&[cluster("mn", 1), cluster("va", 2)]));
+    assert_eq!(rendered(&view), before);
+    expect![[r#"
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api MeshClusters: the API server does not have this kind: install the chart's CRDs (what it said before stays in force)
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api MeshClusters: half or more are gone from one list to the next: mn, va. They stay in force for 300 s after it: put them back, unless they are to go
+    "#]].assert_eq(&format!("{lost}{doubted}"));
+}
+
+#[test]
+fn an_api_server_that_is_away_takes_nothing() {
+    let mut view = synced();
+    let away = || Trouble::Other("does not answer".to_owned());
+    view.hear(Duration::ZERO, Told::Clusters(Heard::Failed(away())));
+    view.hear(Duration::ZERO, Told::OwnNode(Heard::Failed(away())));
+    check(
+        &view,
+        expect![[r#"
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api: does not answer (what it said before stays in force)
+    "#]],
+    );
+}
+
+/// What one kind may be told.
+fn heard<T: Clone + std::fmt::Debug + 'static>(object: fn(u8) -> Named<T>) -> impl Strategy<Value = Vec<Heard<T>>> {
+    let name = move |n| object(n).0;
+    prop_oneof![
+        3 => vec(0..4u8, 0..4).prop_map(move |all| list(&all.into_iter().map(object).collect::<Vec<_>>())),
+        2 => (0..4u8).prop_map(move |n| vec![set(object(n))]),
+        1 => (0..4u8).prop_map(move |n| vec![set((name(n), Err("bad".to_owned())))]),
+        1 => (0..4u8).prop_map(move |n| vec![Heard::Event(Event::Deleted(name(n)))]),
+        1 => Just(vec![Heard::Failed(Trouble::NotServed)]),
+        1 => Just(vec![Heard::Failed(Trouble::Other("away".to_owned()))]),
+    ]
+}
+
+fn told() -> impl Strategy<Value = Vec<Told>> {
+    let all = |heard: Vec<Heard<_>>, told: fn(Heard<_>) -> Told| heard.into_iter().map(told).collect::<Vec<_>>();
+    prop_oneof![
+        heard(|n| cluster(&format!("c{n}"), n.into())).prop_map(move |heard| all(heard, Told::Clusters)),
+        heard(|n| gateway(n.into(), &format!("g{n}"), &format!("192.0.2.{n}")))
+            .prop_map(|heard| heard.into_iter().map(Told::Gateways).collect()),
+        heard(|n| advertisement(&format!("a{n}")))
+            .prop_map(|heard| heard.into_iter().map(Told::Advertisements).collect()),
+        heard(|_| node("w1", "192.0.2.9", &[])).prop_map(|heard| heard.into_iter().map(Told::OwnNode).collect()),
+        Just(list(&[]).into_iter().map(Told::Policies).collect()),
+    ]
+}
+
+fn kind(told: &Told) -> u8 {
+    match told {
+        Told::Clusters(_) => 0,
+        Told::Advertisements(_) => 1,
+        Told::Policies(_) => 2,
+        Told::Gateways(_) => 3,
+        Told::OwnNode(_) => 4,
+        Told::Nodes(..) => 5,
+    }
+}
+
+proptest! {
+    #[test]
+    fn the_order_of_different_kinds_changes_nothing(news in vec(told(), 0..30), picks in vec(any::<Index>(), 200)) {
+        let news: Vec<Told> = news.into_iter().flatten().collect();
+        let mut queues: BTreeMap<u8, std::collections::VecDeque<Told>> = BTreeMap::new();
+        news.iter().for_each(|told| queues.entry(kind(told)).or_default().push_back(told.clone()));
+        let mut other = View::new(String::new(), Some("w1".to_owned()));
+        for pick in picks.iter().cycle().take(news.len()) {
+            let kinds: Vec<u8> = queues.keys().copied().collect();
+            let chosen = *pick.get(&kinds);
+            let queue = queues.get_mut(&chosen).unwrap();
+            other.hear(Duration::ZERO, queue.pop_front().unwrap());
+            if queue.is_empty() {
+                queues.remove(&chosen);
+            }
+        }
+        let mut view = View::new(String::new(), Some("w1".to_owned()));
+        news.into_iter().for_each(|told| _ = view.hear(Duration::ZERO, told));
+        prop_assert_eq!(view.snapshot(), other.snapshot());
+    }
+
+    #[test]
+    fn there_is_a_snapshot_from_the_first_one_on_and_no_news_without_being_told(news in vec(told(), 0..30)) {
+        let mut view = View::new(String::new(), Some("w1".to_owned()));
+        for told in news.into_iter().flatten() {
+            let before = view.snapshot();
+            let changed = view.hear(Duration::ZERO, told);
+            prop_assert!(before.is_err() || view.snapshot().is_ok());
+            prop_assert!(changed || before == view.snapshot());
+        }
+    }
+
+    #[test]
+    fn a_view_that_lacks_anything_is_not_complete(news in vec(told(), 0..30)) {
+        let mut view = synced();
+        for told in news.into_iter().flatten() {
+            view.hear(Duration::ZERO, told);
+            let snapshot = view.snapshot().unwrap();
+            let listed = [&view.gateways.store.is_complete(), &view.own.store.is_complete()];
+            prop_assert!(!snapshot.complete || listed.iter().all(|complete| **complete));
+            // What makes it incomplete is told.
+            prop_assert!(snapshot.complete || !snapshot.problems.is_empty());
+        }
+    }
+}
