@@ -207,32 +207,8 @@ impl Cluster {
     }
 
     fn build(guard: &Arc<Guard>, internet: &Host, member: &Member, site: &Site) -> Result<Cluster> {
-        let uplink = format!("site{}", member.id);
-        let router = match &site.uplink {
-            None => {
-                bridge(internet, &uplink, &site.gateway)?;
-                None
-            }
-            Some(addresses) => {
-                let router = Host::network(guard, &format!("{}-nat", member.name))?;
-                cable(internet, &uplink, &router, "wan0")?;
-                address(internet, &uplink, &addresses.internet)?;
-                address(&router, "wan0", &addresses.router)?;
-                bridge(&router, "lan0", &site.gateway)?;
-                gateway(&router, &addresses.internet)?;
-                // The internet knows the way to a site's IPv6 network; its IPv4 network it cannot know.
-                let [_, inside] = site.gateway;
-                let [_, via] = addresses.router;
-                internet.ip(&format!("route add {}/{} via {}", inside.network(), inside.prefix(), via.ip()))?;
-                router.nft(NAT_ROUTER)?;
-                router.forward()?;
-                Some(router)
-            }
-        };
-        let (switch, port) = match &router {
-            Some(router) => (router, "lan0"),
-            None => (internet, uplink.as_str()),
-        };
+        let access = Access::build(guard, internet, member, site)?;
+        let (switch, port) = access.switch(internet);
         let mut nodes = Vec::new();
         for (n, addresses) in (0..).zip(&site.nodes) {
             let host = Host::machine(guard, &format!("{}-{n}", member.name))?;
@@ -254,9 +230,46 @@ impl Cluster {
         }
         cni::connect(member.cni, &nodes)?;
         if member.cni == Cni::Fabric {
-            cni::fabric(switch, &format!("fabric-{uplink}"), &nodes)?;
+            cni::fabric(switch, &format!("fabric-{}", access.uplink), &nodes)?;
         }
-        Ok(Cluster { member: member.clone(), uplink, router, nodes })
+        Ok(Cluster { member: member.clone(), uplink: access.uplink, router: access.router, nodes })
+    }
+}
+
+/// A member's network, up to where its nodes are plugged in.
+#[derive(Debug)]
+pub struct Access {
+    /// The internet's interface towards it.
+    pub uplink: String,
+    pub router: Option<Host>,
+}
+
+impl Access {
+    /// Joins a site to the internet, through a router of its own where it sits behind NAT.
+    pub fn build(guard: &Arc<Guard>, internet: &Host, member: &Member, site: &Site) -> Result<Access> {
+        let uplink = format!("site{}", member.id);
+        let Some(addresses) = &site.uplink else {
+            bridge(internet, &uplink, &site.gateway)?;
+            return Ok(Access { uplink, router: None });
+        };
+        let router = Host::network(guard, &format!("{}-nat", member.name))?;
+        cable(internet, &uplink, &router, "wan0")?;
+        address(internet, &uplink, &addresses.internet)?;
+        address(&router, "wan0", &addresses.router)?;
+        bridge(&router, "lan0", &site.gateway)?;
+        gateway(&router, &addresses.internet)?;
+        // The internet knows the way to a site's IPv6 network; its IPv4 network it cannot know.
+        let [_, inside] = site.gateway;
+        let [_, via] = addresses.router;
+        internet.ip(&format!("route add {}/{} via {}", inside.network(), inside.prefix(), via.ip()))?;
+        router.nft(NAT_ROUTER)?;
+        router.forward()?;
+        Ok(Access { uplink, router: Some(router) })
+    }
+
+    /// The host that nodes are plugged into, and its bridge.
+    pub fn switch<'a>(&'a self, internet: &'a Host) -> (&'a Host, &'a str) {
+        self.router.as_ref().map_or((internet, self.uplink.as_str()), |router| (router, "lan0"))
     }
 }
 

@@ -8,8 +8,11 @@
 mod bench;
 #[path = "../../agent/build/bpf_tools.rs"]
 mod bpf_tools;
+mod cluster;
 mod demo;
+mod elf;
 mod lab;
+mod oci;
 mod process;
 mod setup;
 mod test;
@@ -47,6 +50,8 @@ enum Command {
     Bench(bench::Args),
     /// Tries this tree on other kernels, in QEMU guests.
     Vm(vm::Args),
+    /// Gives two real Kubernetes clusters on this machine.
+    Cluster(cluster::Args),
     /// Checks the rules of this tree that no compiler knows.
     Tidy(tidy::Args),
 }
@@ -69,6 +74,12 @@ fn main() -> ExitCode {
 /// True if what was run holds.
 fn run(args: Args) -> anyhow::Result<bool> {
     look_into_sbin()?;
+    if let Command::Cluster(machine) = &args.command
+        && machine.is_machine()
+    {
+        // No thread yet, and no signal handled: it is the first process of its namespaces.
+        return cluster::run(machine);
+    }
     process::pass_on_interrupts()?;
     let install = !args.no_install;
     match args.command {
@@ -93,6 +104,12 @@ fn run(args: Args) -> anyhow::Result<bool> {
         Command::Vm(args) => {
             setup::ensure(For::Vm, install)?;
             vm::run(&args)
+        }
+        Command::Cluster(args) => {
+            if args.makes_clusters() {
+                setup::ensure(For::Cluster, install)?;
+            }
+            cluster::run(&args)
         }
         Command::Tidy(args) => tidy::run(&args),
     }

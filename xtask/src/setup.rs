@@ -16,8 +16,11 @@ use crate::{
     tools::{self, Tool},
 };
 
+mod needs;
 #[cfg(test)]
 mod tests;
+
+pub use needs::NEEDS;
 
 /// The commands that need something of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,6 +30,7 @@ pub enum For {
     Lab,
     Bench,
     Vm,
+    Cluster,
 }
 
 impl fmt::Display for For {
@@ -37,6 +41,7 @@ impl fmt::Display for For {
             For::Lab => "lab",
             For::Bench => "bench",
             For::Vm => "vm",
+            For::Cluster => "cluster up",
         })
     }
 }
@@ -73,138 +78,6 @@ pub struct Need {
     pub purpose: &'static str,
     pub by: &'static [For],
 }
-
-const LAB: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench];
-const GUESTS: &[For] = &[For::Test, For::Vm];
-const BUILD: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Vm];
-
-/// Everything, in the order in which it is got.
-pub const NEEDS: &[Need] = &[
-    Need { what: What::Root, packages: None, purpose: "makes network namespaces and TUN devices", by: LAB },
-    Need { what: What::Namespaces, packages: None, purpose: "nodes of the lab are namespaces", by: LAB },
-    Need { what: What::File("/dev/net/tun"), packages: None, purpose: "userspace WireGuard devices", by: LAB },
-    Need {
-        what: What::Program("cc"),
-        packages: Some(["gcc", "gcc", "gcc"]),
-        purpose: "compiles and links ring, the cryptography",
-        by: BUILD,
-    },
-    Need {
-        what: What::File("/usr/include/stdio.h"),
-        packages: Some(["libc6-dev", "glibc-devel", "glibc"]),
-        purpose: "compiles and links ring, the cryptography",
-        by: BUILD,
-    },
-    Need {
-        what: What::BpfCompiler,
-        packages: Some(["rustc-web rust-web-src", "rust rust-src", "rust rust-src"]),
-        purpose: "compiles the BPF programs: a rustc with the source of core (rust-src)",
-        by: LAB,
-    },
-    Need {
-        what: What::Llvm,
-        packages: Some(["llvm-22-dev", "llvm22-devel", "llvm"]),
-        purpose: "bpf-linker is linked to it",
-        by: LAB,
-    },
-    Need { what: What::BpfLinker, packages: None, purpose: "links the BPF programs", by: LAB },
-    Need {
-        what: What::Program("nft"),
-        packages: Some(["nftables", "nftables", "nftables"]),
-        purpose: "the agent's identity NAT; the lab's masquerading and NAT routers",
-        by: LAB,
-    },
-    Need {
-        what: What::Program("ip"),
-        packages: Some(["iproute2", "iproute", "iproute2"]),
-        purpose: "links, addresses and routes of the lab",
-        by: LAB,
-    },
-    Need {
-        what: What::Program("ping"),
-        packages: Some(["iputils-ping", "iputils", "iputils"]),
-        purpose: "shows that pods reach each other",
-        by: LAB,
-    },
-    Need {
-        what: What::Program("wg"),
-        packages: Some(["wireguard-tools", "wireguard-tools", "wireguard-tools"]),
-        purpose: "shows our devices; configures the implementations we are measured against",
-        by: LAB,
-    },
-    Need {
-        what: What::Program("conntrack"),
-        packages: Some(["conntrack", "conntrack-tools", "conntrack-tools"]),
-        purpose: "shows tests the tracked connections, and has a NAT router forget one",
-        by: &[For::Test],
-    },
-    Need {
-        what: What::Program("ethtool"),
-        packages: Some(["ethtool", "ethtool", "ethtool"]),
-        purpose: "changes offloads behind the agent's back",
-        by: &[For::Test],
-    },
-    Need {
-        what: What::Program("setpriv"),
-        packages: Some(["util-linux", "util-linux", "util-linux"]),
-        purpose: "starts the agent without a capability that it needs",
-        by: &[For::Test],
-    },
-    Need {
-        what: What::Program("mount"),
-        packages: Some(["mount", "util-linux", "util-linux"]),
-        purpose: "starts the agent without /dev/net/tun",
-        by: &[For::Test],
-    },
-    Need { what: What::Component("rustfmt", "rustfmt"), packages: None, purpose: "the fmt check", by: &[For::Test] },
-    Need {
-        what: What::Component("clippy", "cargo-clippy"),
-        packages: None,
-        purpose: "the clippy check",
-        by: &[For::Test],
-    },
-    Need {
-        what: What::GoOrVenv,
-        packages: Some(["python3-venv", "python3", "python"]),
-        purpose: "fetches Go, where none >= 1.26 is in PATH",
-        by: &[For::Bench],
-    },
-    Need { what: What::Go, packages: None, purpose: "builds wireguard-go", by: &[For::Bench] },
-    Need {
-        what: What::Program("qemu-system-x86_64"),
-        packages: Some(["qemu-system-x86", "qemu-system-x86", "qemu-system-x86"]),
-        purpose: "runs the guests",
-        by: GUESTS,
-    },
-    Need {
-        what: What::Program("busybox"),
-        packages: Some(["busybox-static", "busybox", "busybox"]),
-        purpose: "the guests' own programs",
-        by: GUESTS,
-    },
-    Need {
-        what: What::Program("apt-get"),
-        packages: Some(["apt", "apt", "apt"]),
-        purpose: "fetches Debian's kernels for the guests; installs none",
-        by: GUESTS,
-    },
-    Need {
-        what: What::Program("dpkg-deb"),
-        packages: Some(["dpkg", "dpkg", "dpkg"]),
-        purpose: "unpacks the guests' kernels",
-        by: GUESTS,
-    },
-    Need {
-        what: What::Program("xz"),
-        packages: Some(["xz-utils", "xz", "xz"]),
-        purpose: "unpacks the guests' modules",
-        by: GUESTS,
-    },
-    Need { what: What::Built(&tools::CARGO_DENY), packages: None, purpose: "the licence check", by: &[For::Test] },
-    Need { what: What::Built(&tools::GOTATUN), packages: None, purpose: "is measured", by: &[For::Bench] },
-    Need { what: What::Built(&tools::BORINGTUN), packages: None, purpose: "is measured", by: &[For::Bench] },
-    Need { what: What::Built(&tools::WIREGUARD_GO), packages: None, purpose: "is measured", by: &[For::Bench] },
-];
 
 /// The fields of os-release(5) that we judge by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -24,8 +24,22 @@ pub enum Tool {
     Crate { package: &'static str, version: &'static str, binary: &'static str },
     /// `bpf-linker`: a package of crates.io too, linked to [`LLVM`].
     BpfLinker { version: &'static str },
-    /// A Go module that `xtask/go/<name>` pins; the binary carries the version in its file name.
-    Go { name: &'static str, package: &'static str, version: &'static str },
+    /// A program of the Go module that `xtask/go/<module>` pins; the binary carries the version in its file name.
+    Go(Go),
+}
+
+/// What [`Tool::Go`] builds.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Go {
+    pub name: &'static str,
+    module: &'static str,
+    package: &'static str,
+    /// Without the `v`.
+    version: &'static str,
+    /// The variables that hold the version, as `v1.2.3`: some programs do not say it otherwise.
+    stamped: &'static [&'static str],
+    /// It calls C.
+    cgo: bool,
 }
 
 /// What [`BPF_LINKER`] is linked to, as Debian has it.
@@ -38,14 +52,51 @@ pub static CARGO_DENY: Tool = Tool::Crate { package: "cargo-deny", version: "0.2
 pub static GOTATUN: Tool = Tool::Crate { package: "gotatun-cli", version: "0.10.2", binary: "gotatun" };
 pub static BORINGTUN: Tool = Tool::Crate { package: "boringtun-cli", version: "0.7.1", binary: "boringtun-cli" };
 pub static WIREGUARD_GO: Tool =
-    Tool::Go { name: "wireguard-go", package: "golang.zx2c4.com/wireguard", version: "20260522210424-ecfc5a8d5446" };
+    module("wireguard-go", "golang.zx2c4.com/wireguard", "20260522210424-ecfc5a8d5446", &[], false);
+
+pub static ETCD: Tool = module("etcd", "go.etcd.io/etcd/server/v3", "3.6.16", &[], false);
+/// A store that is SQLite, behind etcd's protocol.
+pub static KINE: Tool = module("kine", "github.com/k3s-io/kine", "0.16.4", &[], true);
+pub static COREDNS: Tool = module("coredns", ".", "1.15.0", &[], false);
+pub static HELM: Tool =
+    module("helm", "helm.sh/helm/v3/cmd/helm", "3.22.0", &["helm.sh/helm/v3/internal/version.version"], false);
+pub static FLANNELD: Tool = module(
+    "flanneld",
+    "github.com/flannel-io/flannel",
+    "0.28.4",
+    &["github.com/flannel-io/flannel/pkg/version.Version"],
+    true,
+);
+pub static KUBE_APISERVER: Tool = kubernetes("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver");
+pub static KUBE_CONTROLLER_MANAGER: Tool =
+    kubernetes("kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager");
+pub static KUBE_SCHEDULER: Tool = kubernetes("kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler");
+pub static KUBE_PROXY: Tool = kubernetes("kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy");
+pub static KUBELET: Tool = kubernetes("kubelet", "k8s.io/kubernetes/cmd/kubelet");
+pub static KUBECTL: Tool = kubernetes("kubectl", "k8s.io/kubernetes/cmd/kubectl");
+
+/// A module with one program, which has the module's name.
+const fn module(
+    name: &'static str,
+    package: &'static str,
+    version: &'static str,
+    stamped: &'static [&'static str],
+    cgo: bool,
+) -> Tool {
+    Tool::Go(Go { name, module: name, package, version, stamped, cgo })
+}
+
+const fn kubernetes(name: &'static str, package: &'static str) -> Tool {
+    let stamped = &["k8s.io/component-base/version.gitVersion"];
+    Tool::Go(Go { name, module: "kubernetes", package, version: "1.36.3", stamped, cgo: false })
+}
 
 impl Tool {
     pub fn name(&self) -> &'static str {
         match self {
             Tool::Crate { package, .. } => package,
             Tool::BpfLinker { .. } => "bpf-linker",
-            Tool::Go { name, .. } => name,
+            Tool::Go(go) => go.name,
         }
     }
 
@@ -54,9 +105,9 @@ impl Tool {
         let file = match self {
             Tool::Crate { binary, .. } => (*binary).to_owned(),
             Tool::BpfLinker { .. } => self.name().to_owned(),
-            Tool::Go { name, version, .. } => format!("{name}-{version}"),
+            Tool::Go(Go { name, version, .. }) => format!("{name}-{version}"),
         };
-        Ok(cache_dir()?.join("tools/bin").join(file))
+        Ok(bin_dir()?.join(file))
     }
 
     /// Whether the binary is there, in the pinned version.
@@ -67,7 +118,7 @@ impl Tool {
                 .arg("--version")
                 .output()
                 .is_ok_and(|output| String::from_utf8_lossy(&output.stdout).trim().ends_with(&format!(" {version}"))),
-            Tool::Go { .. } => path.is_file(),
+            Tool::Go(_) => path.is_file(),
         }
     }
 
@@ -85,18 +136,25 @@ impl Tool {
                 command.env("PATH", env::join_paths(folders)?);
                 command
             }
-            Tool::Go { name, package, .. } => {
-                let mut command = Command::new(go().context("no Go toolchain")?);
-                command
-                    .args(["build", "-trimpath", "-mod=readonly", "-ldflags", "-s -w", "-o"])
-                    .arg(&path)
-                    .arg(package);
-                command.current_dir(workspace::root().join("xtask/go").join(name));
-                command.env("CGO_ENABLED", "0").env("GOTOOLCHAIN", "local");
-                command
-            }
+            Tool::Go(go) => go.build(&path)?,
         };
         install(&format!("build {}", self.name()), &mut command)
+    }
+}
+
+impl Go {
+    fn build(&self, path: &Path) -> anyhow::Result<Command> {
+        let mut command = Command::new(go().context("no Go toolchain")?);
+        command.args(["build", "-trimpath", "-mod=readonly", "-buildvcs=false", "-ldflags"]);
+        command.arg(self.ldflags()).arg("-o").arg(path).arg(self.package);
+        command.current_dir(workspace::root().join("xtask/go").join(self.module));
+        command.env("CGO_ENABLED", if self.cgo { "1" } else { "0" }).env("GOTOOLCHAIN", "local");
+        Ok(command)
+    }
+
+    fn ldflags(&self) -> String {
+        let stamp = |variable: &&str| format!(" -X {variable}=v{}", self.version);
+        format!("-s -w{}", self.stamped.iter().map(stamp).collect::<String>())
     }
 }
 
@@ -117,6 +175,11 @@ pub fn install(name: &str, command: &mut Command) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Where built tools lie.
+pub fn bin_dir() -> anyhow::Result<PathBuf> {
+    Ok(cache_dir()?.join("tools/bin"))
 }
 
 /// `$XDG_CACHE_HOME/carrick`, else `~/.cache/carrick`.
@@ -171,6 +234,13 @@ mod tests {
 
     #[test]
     fn a_missing_tool_is_not_built() {
-        assert!(!Tool::Go { name: "nothing", package: "", version: "0" }.is_built());
+        assert!(!module("nothing", "", "0", &[], false).is_built());
+    }
+
+    #[test]
+    fn versions_are_stamped_as_their_programs_show_them() {
+        let flags = |tool: &Tool| if let Tool::Go(go) = tool { go.ldflags() } else { String::new() };
+        assert_eq!(flags(&ETCD), "-s -w");
+        assert_eq!(flags(&KUBELET), "-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3");
     }
 }
