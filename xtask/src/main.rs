@@ -8,6 +8,7 @@
 mod bench;
 #[path = "../../agent/build/bpf_tools.rs"]
 mod bpf_tools;
+mod chart;
 mod cluster;
 mod demo;
 mod elf;
@@ -50,6 +51,8 @@ enum Command {
     Bench(bench::Args),
     /// Tries this tree on other kernels, in QEMU guests.
     Vm(vm::Args),
+    /// Checks the Helm chart: lints it, and renders it with every combination of its switches.
+    Chart(chart::Args),
     /// Gives two real Kubernetes clusters on this machine.
     Cluster(cluster::Args),
     /// Checks the rules of this tree that no compiler knows.
@@ -104,6 +107,10 @@ fn run(args: Args) -> anyhow::Result<bool> {
         Command::Vm(args) => {
             setup::ensure(For::Vm, install)?;
             vm::run(&args)
+        }
+        Command::Chart(args) => {
+            setup::ensure(For::Chart, install)?;
+            chart::run(&args)
         }
         Command::Cluster(args) => {
             if args.makes_clusters() {

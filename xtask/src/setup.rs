@@ -30,6 +30,7 @@ pub enum For {
     Lab,
     Bench,
     Vm,
+    Chart,
     Cluster,
 }
 
@@ -41,6 +42,7 @@ impl fmt::Display for For {
             For::Lab => "lab",
             For::Bench => "bench",
             For::Vm => "vm",
+            For::Chart => "chart",
             For::Cluster => "cluster up",
         })
     }
