@@ -34,8 +34,10 @@ pub fn run(_: &Args) -> anyhow::Result<bool> {
 
 /// Where the chart is installed to in these renderings.
 const NAMESPACE: &str = "carrick";
+/// The oldest Kubernetes that the chart takes: what is rendered must do without anything newer.
+const KUBERNETES: &str = "1.30.0";
 /// What has no default.
-const REQUIRED: &str = "cluster.name=mn";
+const REQUIRED: &str = r#"cluster.name="mn""#;
 /// A switch, by its path in values.yaml, and how it stands.
 type Switches = BTreeMap<String, bool>;
 
@@ -120,13 +122,23 @@ impl Chart {
 
     /// What helm itself finds.
     fn lint(&self) -> anyhow::Result<Vec<String>> {
-        let output = self.helm(&["lint", "--strict", "--quiet", self.path()?, "--set", REQUIRED])?;
+        let output = self.helm(&[
+            "lint",
+            "--strict",
+            "--quiet",
+            self.path()?,
+            "--kube-version",
+            KUBERNETES,
+            "--set-json",
+            REQUIRED,
+        ])?;
         let text = String::from_utf8_lossy(&output.stdout);
         Ok(if output.status.success() { Vec::new() } else { vec![format!("helm lint: {text}")] })
     }
 
     fn template(&self, values: &[&str], switches: &Switches) -> anyhow::Result<Output> {
-        let mut arguments = vec!["template", "carrick", self.path()?, "--namespace", NAMESPACE, "--set", REQUIRED];
+        let mut arguments = vec!["template", "carrick", self.path()?, "--namespace", NAMESPACE];
+        arguments.extend(["--kube-version", KUBERNETES, "--set-json", REQUIRED]);
         arguments.extend(values.iter().flat_map(|value| ["--set-json", value]));
         let switches: Vec<String> = switches.iter().map(|(path, on)| format!("{path}={on}")).collect();
         arguments.extend(switches.iter().flat_map(|switch| ["--set", switch.as_str()]));
