@@ -8,6 +8,7 @@
 mod bench;
 #[path = "../../agent/build/bpf_tools.rs"]
 mod bpf_tools;
+mod chart;
 mod cluster;
 mod demo;
 mod elf;
@@ -51,6 +52,8 @@ enum Command {
     Bench(bench::Args),
     /// Tries this tree on other kernels, in QEMU guests.
     Vm(vm::Args),
+    /// Checks the Helm chart: lints it, and renders it with every combination of its switches.
+    Chart(chart::Args),
     /// Gives two real Kubernetes clusters on this machine.
     Cluster(cluster::Args),
     /// Writes the container image and the list of what is in it; needs no container engine.
@@ -107,6 +110,10 @@ fn run(args: Args) -> anyhow::Result<bool> {
         Command::Vm(args) => {
             setup::ensure(For::Vm, install)?;
             vm::run(&args)
+        }
+        Command::Chart(args) => {
+            setup::ensure(For::Chart, install)?;
+            chart::run(&args)
         }
         Command::Cluster(args) => {
             if args.makes_clusters() {

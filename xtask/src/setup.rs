@@ -30,6 +30,7 @@ pub enum For {
     Lab,
     Bench,
     Vm,
+    Chart,
     Cluster,
     Image,
 }
@@ -42,6 +43,7 @@ impl fmt::Display for For {
             For::Lab => "lab",
             For::Bench => "bench",
             For::Vm => "vm",
+            For::Chart => "chart",
             For::Cluster => "cluster up",
             For::Image => "image",
         })

@@ -7,7 +7,7 @@ use std::{fmt, process::Command};
 
 use clap::ValueEnum;
 
-use crate::{process, tidy, tools, vm, workspace};
+use crate::{chart, process, tidy, tools, vm, workspace};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -35,7 +35,7 @@ impl Step {
 /// Packets for the programs in each guest: what is looked for there is that the kernel takes them.
 const GUEST_CASES: u32 = 200;
 
-const STEPS: [Step; 8] = [
+const STEPS: [Step; 9] = [
     Step { name: "fmt", needs: None, run: || cargo("fmt", &["fmt", "--all", "--check"]) },
     Step {
         name: "clippy",
@@ -45,6 +45,7 @@ const STEPS: [Step; 8] = [
     Step { name: "doc", needs: None, run: doc },
     Step { name: "deny", needs: None, run: deny },
     Step { name: "tidy", needs: None, run: tidy },
+    Step { name: "chart", needs: None, run: chart },
     Step { name: "build", needs: None, run: || process::run("build", &mut workspace::build_carrick_command()) },
     Step { name: "test", needs: Some("build"), run: test },
     Step { name: "kernels", needs: Some("build"), run: || vm::load_on(vm::Version::value_variants(), GUEST_CASES) },
@@ -70,6 +71,12 @@ fn deny() -> anyhow::Result<process::Ended> {
 fn tidy() -> anyhow::Result<process::Ended> {
     let ended = tidy::check(workspace::root())?.into_ended();
     eprintln!("tidy {}", if ended.success { "ok" } else { "FAILED" });
+    Ok(ended)
+}
+
+fn chart() -> anyhow::Result<process::Ended> {
+    let ended = chart::check()?;
+    eprintln!("chart {}", if ended.success { "ok" } else { "FAILED" });
     Ok(ended)
 }
 

@@ -9,6 +9,8 @@ const BUILD: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Vm, For
 /// What builds or runs the agent.
 const AGENT: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Cluster, For::Image];
 const CLUSTER: &[For] = &[For::Cluster];
+const CHART: &[For] = &[For::Test, For::Chart, For::Cluster];
+const GO: &[For] = &[For::Test, For::Bench, For::Chart, For::Cluster];
 
 /// Everything, in the order in which it is got.
 pub const NEEDS: &[Need] = &[
@@ -99,14 +101,9 @@ pub const NEEDS: &[Need] = &[
         what: What::GoOrVenv,
         packages: Some(["python3-venv", "python3", "python"]),
         purpose: "fetches Go, where none >= 1.26 is in PATH",
-        by: &[For::Bench, For::Cluster],
+        by: GO,
     },
-    Need {
-        what: What::Go,
-        packages: None,
-        purpose: "builds wireguard-go, Kubernetes",
-        by: &[For::Bench, For::Cluster],
-    },
+    Need { what: What::Go, packages: None, purpose: "builds helm, wireguard-go, Kubernetes", by: GO },
     Need {
         what: What::Program("qemu-system-x86_64"),
         packages: Some(["qemu-system-x86", "qemu-system-x86", "qemu-system-x86"]),
@@ -188,7 +185,7 @@ pub const NEEDS: &[Need] = &[
     Need { what: What::Built(&tools::KUBECTL), packages: None, purpose: "asks the clusters", by: CLUSTER },
     Need { what: What::Built(&tools::COREDNS), packages: None, purpose: "resolves names in the clusters", by: CLUSTER },
     Need { what: What::Built(&tools::FLANNELD), packages: None, purpose: "is one cluster's network", by: CLUSTER },
-    Need { what: What::Built(&tools::HELM), packages: None, purpose: "installs charts", by: CLUSTER },
+    Need { what: What::Built(&tools::HELM), packages: None, purpose: "renders and installs the chart", by: CHART },
     Need { what: What::Built(&tools::CARGO_DENY), packages: None, purpose: "the licence check", by: &[For::Test] },
     Need { what: What::Built(&tools::GOTATUN), packages: None, purpose: "is measured", by: &[For::Bench] },
     Need { what: What::Built(&tools::BORINGTUN), packages: None, purpose: "is measured", by: &[For::Bench] },
