@@ -24,6 +24,7 @@ pub mod intent;
 pub mod keyring;
 pub mod overlay;
 pub mod resolve;
+pub mod slot;
 pub mod source;
 
 pub mod diff;
