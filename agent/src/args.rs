@@ -287,6 +287,9 @@ pub struct Cleanup {
     /// Prints the operations and performs none.
     #[arg(long)]
     pub dry_run: bool,
+    /// Once everything is removed, stays until it is signalled: a container that ended would be started again.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub wait: bool,
     #[command(flatten)]
     pub backend: Backend,
 }

@@ -32,7 +32,7 @@ pub fn main(args: Args) -> ExitCode {
         Command::Plan(args) => block_on(plan::run(args)),
         Command::Keys(args) => keys::run(args),
         Command::Validate(args) => block_on(validate::run(args)),
-        Command::Cleanup(args) => block_on(cleanup::run(args)),
+        Command::Cleanup(args) => block_on(async { cleanup::run(args, shutdown()?).await }),
     };
     match answer {
         Ok(true) => ExitCode::SUCCESS,

@@ -82,7 +82,6 @@ pub fn check() -> anyhow::Result<Ended> {
     let mut switches = Switches::new();
     find_switches(&values, "", &mut switches);
     let flags = flags::read(&fs::read_to_string(workspace::root().join("docs/cli.txt")).context("read docs/cli.txt")?);
-    problems.extend(flags::awaited_in_vain(&flags));
     let (mut renderings, mut objects) = (0, 0);
     for case in CASES {
         for switches in combinations(&switches) {

@@ -17,7 +17,7 @@ use crate::{
     tunnel::{self, TunnelOptions, client::Client},
 };
 
-pub(super) async fn run(args: args::Cleanup) -> anyhow::Result<bool> {
+pub(super) async fn run(args: args::Cleanup, shutdown: impl Future<Output = ()>) -> anyhow::Result<bool> {
     check_backend(&args.backend)?;
     kernel::check_privileges()?;
     let run_dir = &args.backend.run_dir;
@@ -39,6 +39,10 @@ pub(super) async fn run(args: args::Cleanup) -> anyhow::Result<bool> {
         remaining += usize::from(!done(&operation, kernel.apply(&operation).await));
     }
     remaining += remove_files(run_dir, lock);
+    if args.wait && remaining == 0 {
+        println!("nothing of Carrick's is left in the kernel: this waits to be ended");
+        shutdown.await;
+    }
     Ok(remaining == 0)
 }
 
@@ -66,7 +70,7 @@ fn remove_files(run_dir: &Path, agent: Lock) -> usize {
     drop(agent);
     // Not if something is in it, as the socket of a tunnel that runs.
     if fs::read_dir(run_dir).is_ok_and(|mut entries| entries.next().is_none()) {
-        all.push(gone(run_dir, fs::remove_dir(run_dir)));
+        all.push(remove_folder(run_dir));
     }
     all.into_iter().filter(|gone| !gone).count()
 }
@@ -76,6 +80,14 @@ fn remove_uapi_sockets(dir: &Path, remove: impl Fn(&Path) -> bool) -> bool {
     let all: Vec<bool> = Device::all().map(|device| remove(&dir.join(format!("{device}.sock")))).collect();
     let empty = fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
     all.into_iter().all(|gone| gone) && (!empty || gone(dir, fs::remove_dir(dir)))
+}
+
+/// A mount point, as a pod's volume is, belongs to whoever mounted it.
+fn remove_folder(dir: &Path) -> bool {
+    match fs::remove_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => true,
+        removed => gone(dir, removed),
+    }
 }
 
 fn done(operation: &Op, result: io::Result<()>) -> bool {

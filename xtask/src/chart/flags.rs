@@ -5,9 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 /// The long flags of each subcommand, without `--`.
 pub(super) type Flags = BTreeMap<String, BTreeSet<String>>;
 
-/// What the chart passes that is still to come: subcommand and flag. Whatever is there already must not stand here.
-const AWAITED: [(&str, &str); 2] = [("agent", "kube"), ("cleanup", "wait")];
-
 /// Reads the reference: pages between lines of dashes, each with one line `Usage: carrick SUBCOMMAND ...`.
 pub(super) fn read(reference: &str) -> Flags {
     let page = |page: &str| {
@@ -32,16 +29,6 @@ pub(super) fn unknown(flags: &Flags, arguments: &[&str]) -> Vec<String> {
     let Some(subcommand) = arguments.first() else { return vec!["no subcommand is given".to_owned()] };
     let Some(known) = flags.get(*subcommand) else { return vec![format!("carrick has no subcommand {subcommand}")] };
     let names = arguments[1..].iter().map(|argument| argument.split('=').next().unwrap_or_default());
-    let strange = names.filter(|name| {
-        let flag = name.strip_prefix("--").unwrap_or_default();
-        !known.contains(flag) && !AWAITED.contains(&(subcommand, flag))
-    });
+    let strange = names.filter(|name| !known.contains(name.strip_prefix("--").unwrap_or_default()));
     strange.map(|name| format!("carrick {subcommand} has no {name}")).collect()
-}
-
-/// What is awaited although it is there.
-pub(super) fn awaited_in_vain(flags: &Flags) -> Vec<String> {
-    let there = |(subcommand, flag): &&(&str, &str)| flags.get(*subcommand).is_some_and(|flags| flags.contains(*flag));
-    let say = |(subcommand, flag): &(&str, &str)| format!("carrick {subcommand} has --{flag} now: await it no longer");
-    AWAITED.iter().filter(there).map(say).collect()
 }

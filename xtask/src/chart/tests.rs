@@ -48,13 +48,6 @@ fn flags_are_read_from_the_reference() {
     assert_eq!(flags::unknown(&flags, &[]), ["no subcommand is given"]);
 }
 
-#[test]
-fn what_is_there_is_not_awaited() {
-    let flags = flags::read(&REFERENCE.replace("--cluster-name <NAME>\n  ", "--kube\n  "));
-    assert_eq!(flags::awaited_in_vain(&flags), ["carrick agent has --kube now: await it no longer"]);
-    assert!(flags::awaited_in_vain(&flags::read(REFERENCE)).is_empty());
-}
-
 /// A chart of this tree installs this tree's programs.
 #[test]
 fn the_chart_has_the_workspace_s_version() {
