@@ -1,5 +1,6 @@
 //! The agent: one loop, a closed list of causes, and the same whole pass for each of them.
 
+mod office;
 mod prober;
 
 use std::{
@@ -18,10 +19,11 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
-use self::prober::Probing;
+use self::{office::Office, prober::Probing};
 use crate::{
     args,
     dial::Dialer,
+    gateway::{Known, Said, Standing},
     intent::Intent,
     kernel::{
         self, Linux, Secrets,
@@ -101,13 +103,15 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
     let (ask, mut asked) = mpsc::channel(8);
     let socket = status_socket::path(&run_dir);
     let _server = status_socket::serve(&socket, ask).map_err(|source| AgentError::Socket { path: socket, source })?;
-    let mut snapshots = source::follow(&args.origin(node_name(&args))).await?;
+    let origin = args.origin(node_name(&args));
+    let mut snapshots = source::follow(&origin).await?;
     let mut events = events::Watch::new().map_err(AgentError::Netlink)?;
     let (resolver, mut resolved) = Resolver::new();
     let client = Client::new(&run_dir);
     let mut tunnel = client.watch();
     let (probing, mut reports) = Probing::new(args.backend.probe_port);
-    let mut agent = Agent::new(args, client, resolver, probing)?;
+    let (office, mut said) = Office::new(&origin, &args);
+    let mut agent = Agent::new(args, client, resolver, probing, office)?;
     let mut polls = interval(POLL);
     polls.set_missed_tick_behavior(MissedTickBehavior::Delay);
     info!(cluster = %agent.args.cluster_name, node = agent.node, "started");
@@ -133,6 +137,11 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
                     continue;
                 }
                 Cause::Facts
+            }
+            changed = said.changed() => {
+                changed.expect("whoever speaks outlives us");
+                agent.stands(said.borrow_and_update().clone());
+                Cause::Intent
             }
             _ = polls.tick(), if Instant::now() >= agent.quiet_until => {
                 if agent.is_attached().await {
@@ -199,12 +208,19 @@ struct Agent {
     drain: bool,
     probing: Probing,
     report: Option<Report>,
+    office: Office,
     /// The native devices as of the last pass.
     native: BTreeSet<String>,
 }
 
 impl Agent {
-    fn new(args: args::Node, client: Client, resolver: Resolver, probing: Probing) -> Result<Agent, AgentError> {
+    fn new(
+        args: args::Node,
+        client: Client,
+        resolver: Resolver,
+        probing: Probing,
+        office: Office,
+    ) -> Result<Agent, AgentError> {
         let bpf = Bpf::new(&args.backend.bpffs, &args.backend.run_dir).map_err(AgentError::Bpf)?;
         let kernel = Linux::new(client, Secrets::default(), bpf).map_err(AgentError::Netlink)?;
         let facts = facts::Reader::new().map_err(AgentError::Netlink)?;
@@ -228,6 +244,7 @@ impl Agent {
             drain: false,
             probing,
             report: None,
+            office,
             native: BTreeSet::new(),
         })
     }
@@ -247,7 +264,30 @@ impl Agent {
         };
         let news = mtus(report) != mtus(self.report.as_ref());
         self.report = report.cloned();
+        self.inform();
         news
+    }
+
+    /// Takes over where this node stands.
+    fn stands(&mut self, said: Said) {
+        if let Standing::Gateway(held) = &said.standing
+            && !matches!(&self.office.said.standing, Standing::Gateway(before) if before.spec == held.spec)
+        {
+            info!(slot = held.spec.ordinal, key = held.spec.public_key, "holds a slot");
+        }
+        self.office.said = said;
+        self.view = None;
+    }
+
+    /// Tells whoever deals with the API server what is known.
+    fn inform(&self) {
+        let (Some(tell), Some((snapshot, view))) = (&self.office.tell, &self.view) else { return };
+        let known = Known::new(&node_name(&self.args), &snapshot.objects, &view.intent, self.report.as_ref());
+        tell.send_if_modified(|before| {
+            let news = *before != known;
+            *before = known;
+            news
+        });
     }
 
     /// An error is for the pass that it makes to meet.
@@ -282,12 +322,14 @@ impl Agent {
             }
         };
         if self.view.as_ref().is_none_or(|(of, _)| !Arc::ptr_eq(of, &snapshot)) {
-            let view = View::new(&snapshot, &self.args);
+            let amended = self.office.amended(&node_name(&self.args), &snapshot);
+            let view = View::new(amended.as_ref().unwrap_or(&snapshot), &self.args);
             self.resolver.follow(&view.endpoint_names());
             self.view = Some((snapshot, view));
+            self.inform();
         }
         let (_, view) = self.view.as_ref().expect("set above");
-        self.keys.refresh(&self.args, &view.intent);
+        self.keys.refresh(&self.args, &view.intent, self.office.keys());
         let internal = view.intent.addresses_of(&node_name(&self.args));
         self.kernel.set_secrets(self.keys.secrets());
         let node = match self.facts.read(&internal).await {
@@ -377,6 +419,7 @@ impl Agent {
         problems.extend(node.conditions.iter().map(ToString::to_string));
         problems.extend(taken_from_us(survey, node));
         problems.extend(prober::problems(&view.intent, self.report.as_ref()));
+        problems.extend(self.office.said.problems.iter().cloned());
         let members = prober::members(&view.intent, self.report.as_ref());
         let slot = view.intent.slot_of(&node_name(&self.args)).map(Ordinal::get);
         let (sent, network_plugin, drops) = self.probing.counts().unwrap_or_else(|error| {

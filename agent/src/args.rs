@@ -101,6 +101,10 @@ pub struct Node {
     /// The mesh's own DNS domain; no endpoint may lie under it.
     #[arg(long, value_name = "DOMAIN", default_value = DEFAULT_MESH_DOMAIN)]
     pub mesh_domain: String,
+    /// With `--kube`: how many slots have a Secret for their key, from slot 0 on, 1 to 8. A node whose label says `auto`
+    /// claims one of these.
+    #[arg(long, value_name = "N", default_value_t = ebpf::SLOTS, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub gateway_slots: u8,
     #[command(flatten)]
     pub backend: Backend,
 }

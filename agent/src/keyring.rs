@@ -307,7 +307,7 @@ fn gateway_path(dir: &Path, slot: Ordinal) -> PathBuf {
 }
 
 /// A new key, clamped as `wg genkey` does it (RFC 7748 §5), so that every tool shows the same bytes.
-fn random() -> PrivateKey {
+pub(crate) fn random() -> PrivateKey {
     let mut bytes = Zeroizing::new(StaticSecret::random().to_bytes());
     bytes[0] &= 248;
     bytes[31] = (bytes[31] & 127) | 64;
@@ -420,7 +420,8 @@ fn read_keys<K: FromStr<Err = BadKey>>(path: &Path) -> Result<Vec<K>, KeyFault> 
     if length == MAX_FILE { Err(KeyFault::TooLong) } else { parse(&buffer[..length]) }
 }
 
-fn parse<K: FromStr<Err = BadKey>>(bytes: &[u8]) -> Result<Vec<K>, KeyFault> {
+/// The keys of a file: one, or two while one replaces the other.
+pub(crate) fn parse<K: FromStr<Err = BadKey>>(bytes: &[u8]) -> Result<Vec<K>, KeyFault> {
     let lines: Vec<(usize, &[u8])> = (1..)
         .zip(bytes.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii))
         .filter(|(_, line)| !line.is_empty())

@@ -19,6 +19,7 @@ pub mod names;
 pub mod api;
 pub mod dial;
 pub mod facts;
+pub mod gateway;
 pub mod health;
 pub mod intent;
 pub mod keyring;

@@ -18,7 +18,7 @@ use crate::{
         facts::{Condition, Node},
     },
     keyring::{KeyProblem, Keyring, Preshared, Wanted},
-    keys::{HopId, HopMark, HopSecret, PresharedKey, PublicKey},
+    keys::{HopId, HopMark, HopSecret, PresharedKey, PrivateKey, PublicKey},
     names::{Device, MemberName, NodeName, Table},
     overlay::Overlay,
     plan::plan,
@@ -63,6 +63,15 @@ pub fn node_name(args: &args::Node) -> NodeName {
     args.node_name.clone().unwrap_or_else(|| NodeName::nearest(&host()))
 }
 
+/// Where the keys of this node's slot are.
+#[derive(Clone, Copy, Debug)]
+pub enum SlotKeys<'a> {
+    /// Among the others.
+    Folder,
+    /// In the slot's Secret; `None`: not read yet.
+    Secret(Option<&'a BTreeMap<PublicKey, PrivateKey>>),
+}
+
 /// What this node holds for its slot and its cluster, as last read.
 #[derive(Debug, Default)]
 pub struct Keys {
@@ -76,14 +85,25 @@ pub struct Keys {
 impl Keys {
     /// Reads the folder again, as far as this node's part in the cluster needs it. What can no longer be read keeps its last
     /// good keys.
-    pub fn refresh(&mut self, args: &args::Node, intent: &Intent) {
+    pub fn refresh(&mut self, args: &args::Node, intent: &Intent, slots: SlotKeys<'_>) {
         let others = intent.cluster.as_ref().is_some_and(|cluster| cluster.nodes.len() > 1);
         self.wanted = Wanted { slot: intent.slot_of(&node_name(args)), hop: others };
-        let (mut read, problems) = Keyring::read(&args.keys_dir, self.wanted);
+        let in_folder = matches!(slots, SlotKeys::Folder);
+        let of_folder = Wanted { slot: self.wanted.slot.filter(|_| in_folder), ..self.wanted };
+        let (mut read, problems) = Keyring::read(&args.keys_dir, of_folder);
         read.keep(std::mem::take(&mut self.keyring), &problems);
         self.keyring = read;
         self.complete = !problems.iter().any(KeyProblem::blocks);
         self.problems = problems.iter().map(ToString::to_string).collect();
+        if let (SlotKeys::Secret(keys), true) = (slots, self.complete) {
+            self.keyring.private = keys.cloned().unwrap_or_default();
+            if let Some(slot) = self.wanted.slot.filter(|_| keys.is_none()) {
+                self.complete = false;
+                self.problems.push(format!(
+                    "the key of slot {slot} has not been read from its Secret yet: nothing is taken away"
+                ));
+            }
+        }
     }
 
     /// Whether what is known suffices to take something away from these members. A preshared key that cannot be used is

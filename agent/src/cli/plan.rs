@@ -19,7 +19,7 @@ use crate::{
     resolve::{Resolved, Resolver},
     source,
     state::Op,
-    survey::{Found, Keys, View, node_name, survey},
+    survey::{Found, Keys, SlotKeys, View, node_name, survey},
     tunnel::client::Client,
 };
 
@@ -41,7 +41,7 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     let snapshot = source::read(&args.node.origin(node_name(&args.node))).await?;
     let view = View::new(&snapshot, &args.node);
     let mut keys = Keys::default();
-    keys.refresh(&args.node, &view.intent);
+    keys.refresh(&args.node, &view.intent, SlotKeys::Folder);
     let resolved = resolve(view.endpoint_names()).await;
     let client = Client::new(&args.node.backend.run_dir);
     let bpf = Bpf::new(&args.node.backend.bpffs, &args.node.backend.run_dir)?;

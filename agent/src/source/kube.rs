@@ -58,6 +58,13 @@ pub struct Server {
     pub node: Option<NodeName>,
 }
 
+impl Server {
+    /// A client of its own. Nothing is asked yet.
+    pub(crate) async fn client(&self) -> Result<Client, ConnectError> {
+        Ok(connect::connect(self.kubeconfig.as_deref()).await?.0)
+    }
+}
+
 pub(super) async fn follow(server: &Server) -> Result<Receiver<Followed>, ConnectError> {
     let (client, mut view) = start(server).await?;
     let why = "nothing has been listed yet".to_owned();

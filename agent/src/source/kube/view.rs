@@ -9,14 +9,13 @@ use std::{collections::BTreeMap, time::Duration};
 use super::watch::{Heard, Trouble};
 use crate::{
     api::{EgressPolicy, MeshCluster, MeshGateway, Objects, RouteAdvertisement, v1},
+    slot,
     source::{
         NotSynced, Problem, Snapshot,
         store::{Event, GRACE, Store},
     },
 };
 
-/// On a Node: it holds a slot, so it is a gateway.
-const GATEWAY_LABEL: &str = "carrick.dev/gateway";
 /// Names told of what a doubted list lacks.
 const MAX_NAMES: usize = 5;
 const STANDS: &str = "what it said before stays in force";
@@ -228,7 +227,7 @@ impl View {
 
     /// Whether all Nodes are to be watched.
     pub(super) fn wants_nodes(&self) -> bool {
-        let gateway = |own: &v1::Node| own.metadata.labels.contains_key(GATEWAY_LABEL);
+        let gateway = |own: &v1::Node| own.metadata.labels.contains_key(slot::LABEL);
         self.me.is_none() || self.last_own.as_ref().is_some_and(gateway)
     }
 

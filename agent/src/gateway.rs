@@ -1,0 +1,432 @@
+//! What a gateway does with the API server beyond reading: its slot, the slot's key, and its MeshGateway. Only with `--kube`,
+//! and a worker asks for nothing.
+//!
+//! [`Gateway`] decides, as a value: what to ask next, given what was read and what was answered. [`task`] asks, and tells the
+//! agent where this node stands ([`Said`]). The key is handed over in memory: it never touches a disk.
+//!
+//! Invariants: a slot's key is used only while the slot is held. A Secret that holds anything is never overwritten. Until it
+//! is known who holds what, this node is what the API server says of it: an API server that is away changes nothing.
+
+mod api;
+mod task;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::Duration,
+};
+
+pub use task::follow;
+
+use crate::{
+    api::{MeshGateway, MeshGatewaySpec, Objects},
+    health::{Life, Target},
+    intent::Intent,
+    keys::{PrivateKey, PublicKey},
+    names::{MemberName, NodeName, Ordinal},
+    probe::Report,
+    slot::{self, Claims, Lease, Wish},
+};
+
+/// How often a gateway without a slot looks for one: as often as a holder renews.
+const LOOK: Duration = slot::RENEW;
+/// How long a holder must have been silent to be taken for gone: probes of an idle gateway go every 5 s.
+const SILENT: Duration = Duration::from_secs(20);
+/// How long every other gateway must have been silent until this node takes itself for cut off: sooner than another may
+/// take its slot.
+const ALONE: Duration = Duration::from_secs(10);
+/// What has failed is not asked again before: four times a minute at most.
+const RETRY: Duration = Duration::from_secs(15);
+/// How often the key is read again: somebody may have added one.
+const KEY_AGAIN: Duration = Duration::from_secs(300);
+/// An object is written once in so long at most.
+const WRITE_AGAIN: Duration = Duration::from_secs(10);
+
+/// What the agent knows of its cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    /// What this node's label says.
+    label: Option<String>,
+    /// Slots that a label pins, and to which node.
+    pinned: BTreeMap<Ordinal, NodeName>,
+    hop: BTreeSet<IpAddr>,
+    /// As the API server has them.
+    gateways: BTreeMap<Ordinal, MeshGatewaySpec>,
+    /// The keys that this member's MeshCluster names; `None`: there is no such MeshCluster.
+    named: Option<BTreeMap<Ordinal, PublicKey>>,
+    /// Slots that other nodes hold.
+    others: BTreeSet<Ordinal>,
+    /// Those of them that do not answer probes.
+    silent: BTreeSet<Ordinal>,
+}
+
+impl Known {
+    /// `objects`: as the API server has them; `intent`: what they mean to this node.
+    pub fn new(me: &NodeName, objects: &Objects, intent: &Intent, report: Option<&Report>) -> Known {
+        let named = |gateway: &MeshGateway| {
+            let ordinal = Ordinal::new(gateway.spec.ordinal)?;
+            (gateway.metadata.name.as_deref() == Some(&*ordinal.to_string())).then(|| (ordinal, gateway.spec.clone()))
+        };
+        let gateways: BTreeMap<_, _> = objects.gateways.iter().filter_map(named).collect();
+        let labels = objects.nodes.iter().filter_map(|node| {
+            let label = node.metadata.labels.get(slot::LABEL)?;
+            Some((node.metadata.name.parse::<NodeName>().ok()?, label.clone()))
+        });
+        let labels: BTreeMap<NodeName, String> = labels.collect();
+        let holders = intent.cluster.iter().flat_map(|cluster| &cluster.gateways);
+        let others: BTreeSet<Ordinal> = holders.filter(|(_, node)| *node != me).map(|(slot, _)| *slot).collect();
+        let is_silent = |slot: &&Ordinal| {
+            let seen = report.and_then(|report| report.seen.get(&Target::Own(**slot)));
+            seen.is_some_and(|seen| seen.life != Life::Up)
+        };
+        let member = intent.members.get(&intent.me);
+        Known {
+            label: labels.get(me).cloned(),
+            pinned: pinned(&labels, &gateways),
+            hop: intent.addresses_of(me),
+            named: member.map(|me| me.gateways.iter().map(|(slot, gateway)| (*slot, gateway.key)).collect()),
+            silent: others.iter().filter(is_silent).copied().collect(),
+            others,
+            gateways,
+        }
+    }
+}
+
+/// Of several nodes that are pinned to one slot, it is who holds it already, else the first by name.
+fn pinned(
+    labels: &BTreeMap<NodeName, String>,
+    gateways: &BTreeMap<Ordinal, MeshGatewaySpec>,
+) -> BTreeMap<Ordinal, NodeName> {
+    let mut pinned = BTreeMap::new();
+    for (node, label) in labels {
+        let Ok(Wish::Pinned(slot)) = Wish::of(Some(label)) else { continue };
+        let holds = gateways.get(&slot).is_some_and(|gateway| gateway.node == node.as_str());
+        if holds || !pinned.contains_key(&slot) {
+            pinned.insert(slot, node.clone());
+        }
+    }
+    pinned
+}
+
+/// Where this node stands.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Standing {
+    /// What the API server says of it stands.
+    #[default]
+    Unknown,
+    /// It holds no slot, whatever is still written of it.
+    Worker,
+    Gateway(Held),
+}
+
+/// A slot that this node holds.
+#[derive(Clone, Debug)]
+pub struct Held {
+    pub spec: MeshGatewaySpec,
+    pub keys: BTreeMap<PublicKey, PrivateKey>,
+}
+
+impl PartialEq for Held {
+    fn eq(&self, other: &Held) -> bool {
+        self.spec == other.spec && self.keys.keys().eq(other.keys.keys())
+    }
+}
+
+/// What the agent is told.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Said {
+    pub standing: Standing,
+    pub problems: BTreeSet<String>,
+}
+
+impl Standing {
+    /// The objects as they are to this node: of its own slot it knows better than what is written. `None`: as they are.
+    pub fn amend(&self, me: &NodeName, objects: &Objects) -> Option<Objects> {
+        let ours = |gateway: &MeshGateway| gateway.spec.node == me.as_str();
+        let held = match self {
+            Standing::Unknown => return None,
+            Standing::Worker if !objects.gateways.iter().any(ours) => return None,
+            Standing::Worker => None,
+            Standing::Gateway(held) => Some(&held.spec),
+        };
+        let mut amended = objects.clone();
+        amended
+            .gateways
+            .retain(|gateway| !ours(gateway) && held.is_none_or(|held| gateway.spec.ordinal != held.ordinal));
+        amended.gateways.extend(held.map(|spec| MeshGateway::new(&spec.ordinal.to_string(), spec.clone())));
+        amended.gateways.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
+        Some(amended)
+    }
+}
+
+/// What to ask of the API server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ask {
+    Leases,
+    Write(slot::Write),
+    /// The slot's key, which is made if there is none.
+    Key(Ordinal),
+    Apply(MeshGatewaySpec),
+    /// Deletes what this node has written of a slot before it got another: a node holds one.
+    Remove(Ordinal),
+}
+
+/// What a failure keeps from being asked for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum About {
+    Lease,
+    Key,
+    Object,
+}
+
+impl Ask {
+    fn about(&self) -> About {
+        match self {
+            Ask::Leases | Ask::Write(_) => About::Lease,
+            Ask::Key(_) => About::Key,
+            Ask::Apply(_) | Ask::Remove(_) => About::Object,
+        }
+    }
+}
+
+/// What the API server said.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    Leases(BTreeMap<Ordinal, Lease>),
+    Written(Lease),
+    /// Somebody else was there first.
+    Refused,
+    Keys(Vec<PrivateKey>),
+    Done,
+    /// With what to do.
+    Failed(String),
+}
+
+#[derive(Debug)]
+struct Keys {
+    slot: Ordinal,
+    /// The first is used where the mesh names none of them.
+    keys: Vec<PrivateKey>,
+    read: Duration,
+}
+
+/// A gateway's business with the API server. Every `now` is of one monotonic clock of its own.
+#[derive(Debug)]
+pub struct Gateway {
+    me: NodeName,
+    cluster: MemberName,
+    /// Slots that have a Secret.
+    slots: u8,
+    known: Known,
+    claims: Claims,
+    /// When the Leases were last listed.
+    listed: Option<Duration>,
+    /// A write was refused: what is known of the Leases is old.
+    stale: bool,
+    hold: Option<Ordinal>,
+    /// Whether it was ever known whether this node holds a slot.
+    settled: bool,
+    keys: Option<Keys>,
+    silent: BTreeMap<Ordinal, Duration>,
+    written: Option<Duration>,
+    failed: BTreeMap<About, (Duration, String)>,
+}
+
+impl Gateway {
+    /// `slots`: how many slots have a Secret, from 0 on.
+    pub fn new(me: NodeName, cluster: MemberName, slots: u8) -> Gateway {
+        Gateway {
+            claims: Claims::new(me.clone()),
+            me,
+            cluster,
+            slots,
+            known: Known::default(),
+            listed: None,
+            stale: false,
+            hold: None,
+            settled: false,
+            keys: None,
+            silent: BTreeMap::new(),
+            written: None,
+            failed: BTreeMap::new(),
+        }
+    }
+
+    pub fn know(&mut self, now: Duration, known: Known) {
+        self.silent.retain(|slot, _| known.silent.contains(slot));
+        for slot in &known.silent {
+            self.silent.entry(*slot).or_insert(now);
+        }
+        self.known = known;
+    }
+
+    /// Decides what this node holds, and what to ask next.
+    pub fn next(&mut self, now: Duration) -> Option<Ask> {
+        let claim = self.claim(now);
+        if self.keys.as_ref().is_some_and(|keys| Some(keys.slot) != self.hold) {
+            self.keys = None;
+        }
+        let asks = [claim, self.key(now), self.object(now)];
+        asks.into_iter().flatten().find(|ask| self.may(now, ask.about()))
+    }
+
+    fn may(&self, now: Duration, about: About) -> bool {
+        self.failed.get(&about).is_none_or(|(at, _)| now.saturating_sub(*at) >= RETRY)
+    }
+
+    fn wish(&self) -> Wish {
+        Wish::of(self.known.label.as_deref()).unwrap_or(Wish::Worker)
+    }
+
+    fn claim(&mut self, now: Duration) -> Option<Ask> {
+        let by_lease = match self.wish() {
+            Wish::Any => true,
+            Wish::Worker => self.settle(None),
+            Wish::Pinned(slot) => self.settle(Some(slot).filter(|slot| self.known.pinned.get(slot) == Some(&self.me))),
+        };
+        let Some(listed) = self.listed.filter(|_| !self.stale) else {
+            return (by_lease || self.stale).then_some(Ask::Leases);
+        };
+        let others = &self.known.others;
+        let silent_for = |slot: &Ordinal| self.silent.get(slot).map(|since| now.saturating_sub(*since));
+        let answers = |slot: &&Ordinal| silent_for(slot).is_none_or(|silent| silent < SILENT);
+        let answering: BTreeSet<Ordinal> = others.iter().filter(answers).copied().collect();
+        let is_away = |slot: &Ordinal| silent_for(slot).is_some_and(|silent| silent >= ALONE);
+        let isolated = !others.is_empty() && others.iter().all(is_away);
+        let free =
+            Ordinal::all().take(self.slots.into()).filter(|slot| by_lease && !self.known.pinned.contains_key(slot));
+        let free = free.collect();
+        let decision = self.claims.decide(now, &slot::View { free: &free, answering: &answering, isolated });
+        if !by_lease {
+            return decision.write.map(Ask::Write);
+        }
+        self.hold = decision.hold;
+        self.settled = true;
+        let looks = decision.hold.is_none() && now.saturating_sub(listed) >= LOOK;
+        decision.write.map(Ask::Write).or(looks.then_some(Ask::Leases))
+    }
+
+    /// Holds the slot without a Lease. Returns that it is not by Lease.
+    fn settle(&mut self, hold: Option<Ordinal>) -> bool {
+        self.hold = hold;
+        self.settled = true;
+        false
+    }
+
+    fn key(&self, now: Duration) -> Option<Ask> {
+        let due = |keys: &Keys| now.saturating_sub(keys.read) >= KEY_AGAIN;
+        self.keys.as_ref().is_none_or(due).then_some(Ask::Key(self.hold?))
+    }
+
+    fn object(&self, now: Duration) -> Option<Ask> {
+        let spec = self.spec()?;
+        if self.written.is_some_and(|written| now.saturating_sub(written) < WRITE_AGAIN) {
+            return None;
+        }
+        let mut others = self.known.gateways.iter().filter(|(slot, _)| Some(**slot) != self.hold);
+        let old = others.find(|(_, gateway)| gateway.node == self.me.as_str()).map(|(slot, _)| *slot);
+        if let Some(old) = old {
+            return Some(Ask::Remove(old));
+        }
+        (self.known.gateways.get(&self.hold?) != Some(&spec)).then_some(Ask::Apply(spec))
+    }
+
+    /// The MeshGateway of this node; `None` while it holds none, or its key or addresses are not known.
+    fn spec(&self) -> Option<MeshGatewaySpec> {
+        let slot = self.hold?;
+        let keys = self.keys.as_ref().filter(|keys| keys.slot == slot && !self.known.hop.is_empty())?;
+        let named = self.known.named.as_ref().and_then(|named| named.get(&slot));
+        Some(MeshGatewaySpec {
+            ordinal: slot.get().into(),
+            node: self.me.to_string(),
+            hop_addresses: self.known.hop.iter().map(ToString::to_string).collect(),
+            public_key: told(&keys.keys, named)?.to_string(),
+        })
+    }
+
+    /// What came of it. `sent`: when it was asked.
+    pub fn answered(&mut self, sent: Duration, now: Duration, ask: &Ask, answer: Answer) {
+        self.failed.remove(&ask.about());
+        match (ask, answer) {
+            (Ask::Leases, Answer::Leases(mut leases)) => {
+                for slot in Ordinal::all() {
+                    self.claims.hear(now, slot, leases.remove(&slot));
+                }
+                self.claims.synced();
+                (self.listed, self.stale) = (Some(now), false);
+            }
+            (Ask::Write(write), Answer::Written(lease)) => self.claims.wrote(sent, write.ordinal, lease),
+            (Ask::Write(_), Answer::Refused) => self.stale = true,
+            (Ask::Key(slot), Answer::Keys(keys)) => self.keys = Some(Keys { slot: *slot, keys, read: now }),
+            (Ask::Apply(_) | Ask::Remove(_), Answer::Done) => self.written = Some(now),
+            (ask, Answer::Failed(why)) => {
+                // It may have been taken all the same.
+                self.stale |= matches!(ask, Ask::Write(_));
+                self.failed.insert(ask.about(), (now, why));
+            }
+            (ask, _) => {
+                let why = "somebody else has written at the same time: it is tried again".to_owned();
+                self.failed.insert(ask.about(), (now, why));
+            }
+        }
+    }
+
+    pub fn said(&self) -> Said {
+        let standing = match (self.settled, self.hold, self.spec().zip(self.keys.as_ref())) {
+            (false, ..) => Standing::Unknown,
+            (true, Some(_), Some((spec, keys))) => {
+                let keys = keys.keys.iter().map(|key| (key.public(), key.clone())).collect();
+                Standing::Gateway(Held { spec, keys })
+            }
+            // Its key may be in use already, from before the agent began: nothing is taken away until it is known.
+            (true, Some(slot), None) if self.is_written(slot) => Standing::Unknown,
+            (true, ..) => Standing::Worker,
+        };
+        Said { standing, problems: self.problems() }
+    }
+
+    fn is_written(&self, slot: Ordinal) -> bool {
+        self.known.gateways.get(&slot).is_some_and(|gateway| gateway.node == self.me.as_str())
+    }
+
+    fn problems(&self) -> BTreeSet<String> {
+        let mut problems: BTreeSet<String> = self.failed.values().map(|(_, why)| why.clone()).collect();
+        match Wish::of(self.known.label.as_deref()) {
+            Err(bad) => problems.extend([bad.to_string()]),
+            Ok(Wish::Pinned(slot)) if self.hold.is_none() => {
+                let holder = self.known.pinned.get(&slot).map_or("another", NodeName::as_str);
+                problems.extend([format!(
+                    "slot {slot} is held by node {holder}, which has the same label {}: this node stays a worker until \
+                     one of the two labels is changed",
+                    slot::LABEL
+                )]);
+            }
+            Ok(Wish::Any) if self.settled && self.hold.is_none() => {
+                problems.extend([
+                    "every slot is held: this node stays a worker until one is free; install with more slots, or take \
+                     the label from a node"
+                        .to_owned(),
+                ]);
+            }
+            Ok(_) => {}
+        }
+        // Where there is a MeshCluster, the plan refuses what it lacks.
+        if let (Some(spec), None) = (self.spec(), &self.known.named) {
+            problems.extend([format!(
+                "NotInMesh: there is no MeshCluster {}: add it to the mesh's folder, with gateways: [{{ordinal: {}, \
+                 publicKey: {}}}]",
+                self.cluster, spec.ordinal, spec.public_key
+            )]);
+        }
+        problems
+    }
+}
+
+/// The key to show to others: the one that the mesh names, else the first.
+fn told(keys: &[PrivateKey], named: Option<&PublicKey>) -> Option<PublicKey> {
+    let mut public = keys.iter().map(PrivateKey::public);
+    let first = public.next()?;
+    Some(std::iter::once(first).chain(public).find(|key| Some(key) == named).unwrap_or(first))
+}

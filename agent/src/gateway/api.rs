@@ -1,0 +1,233 @@
+//! What is asked of the API server, each in one function: Leases, the slot's Secret, the MeshGateway.
+//!
+//! Invariants: what is written over has been read before (its resource version goes along), but for the MeshGateway, which
+//! is applied. No key is ever in an error.
+
+use std::time::Duration;
+
+use k8s_openapi::{
+    ByteString,
+    api::{coordination::v1::Lease, core::v1::Secret},
+    apimachinery::pkg::apis::meta::v1::MicroTime,
+    jiff::Timestamp,
+};
+use kube::{
+    Api, Client, Error,
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions},
+};
+use serde_json::json;
+use tokio::time::timeout;
+use zeroize::Zeroize;
+
+use super::{Answer, Ask};
+use crate::{
+    agent::with_cause,
+    api::{MeshGateway, MeshGatewaySpec},
+    keyring,
+    keys::PrivateKey,
+    names::{NodeName, Ordinal},
+    slot,
+};
+
+/// Owns, by server-side apply, what this module writes.
+const MANAGER: &str = "carrick";
+/// The Secret's entry: what a file `gateway-ORDINAL` of the keys' folder holds.
+pub(super) const ENTRY: &str = "key";
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Of a slot's Lease and of its Secret.
+pub(super) fn name(slot: Ordinal) -> String {
+    format!("carrick-gateway-{slot}")
+}
+
+pub(super) struct Server {
+    me: NodeName,
+    leases: Api<Lease>,
+    secrets: Api<Secret>,
+    gateways: Api<MeshGateway>,
+}
+
+impl Server {
+    /// Leases and Secrets are those of the client's own namespace: the pod's, or that of the kubeconfig's context.
+    pub(super) fn new(client: Client, me: NodeName) -> Server {
+        Server {
+            me,
+            leases: Api::default_namespaced(client.clone()),
+            secrets: Api::default_namespaced(client.clone()),
+            gateways: Api::all(client),
+        }
+    }
+
+    pub(super) async fn answer(&self, ask: &Ask) -> Answer {
+        let asked = async {
+            match ask {
+                Ask::Leases => self.list().await,
+                Ask::Write(write) => self.write(write).await,
+                Ask::Key(slot) => self.key(*slot).await,
+                Ask::Apply(spec) => self.apply(spec).await,
+                Ask::Remove(slot) => self.remove(*slot).await,
+            }
+        };
+        match timeout(PATIENCE, asked).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => Answer::Failed(failure(&error, &what(ask))),
+            Err(_) => Answer::Failed(format!("{}: the API server does not answer: it is asked again", what(ask))),
+        }
+    }
+
+    async fn list(&self) -> Result<Answer, Error> {
+        let leases = self.leases.list(&ListParams::default()).await?;
+        Ok(Answer::Leases(leases.items.iter().filter_map(heard).collect()))
+    }
+
+    async fn write(&self, write: &slot::Write) -> Result<Answer, Error> {
+        let name = name(write.ordinal);
+        let lease = leased(write, MicroTime(Timestamp::now()));
+        let written = match &write.over {
+            None => {
+                let lease = serde_json::from_value(lease).map_err(Error::SerdeError)?;
+                self.leases.create(&PostParams::default(), &lease).await
+            }
+            Some(_) => self.leases.patch(&name, &PatchParams::default(), &Patch::Merge(lease)).await,
+        };
+        match written {
+            Ok(lease) => Ok(heard(&lease).map_or(Answer::Refused, |(_, lease)| Answer::Written(lease))),
+            // Another version, gone, or made meanwhile.
+            Err(Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(Answer::Refused),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn key(&self, slot: Ordinal) -> Result<Answer, Error> {
+        let name = name(slot);
+        let mut secret = self.secrets.get(&name).await?;
+        let keys = keys_of(&secret);
+        if !matches!(keys, Ok(None)) {
+            wipe(&mut secret);
+            return Ok(told(&name, keys));
+        }
+        let key = keyring::random();
+        let text = ByteString(format!("{}\n", key.to_base64().as_str()).into_bytes());
+        secret.data.get_or_insert_default().insert(ENTRY.to_owned(), text);
+        // It says which version it replaces: of two that make a key at once, one is refused, and reads the other's.
+        let replaced = self.secrets.replace(&name, &PostParams::default(), &secret).await;
+        wipe(&mut secret);
+        match replaced {
+            Ok(mut secret) => {
+                let keys = keys_of(&secret);
+                wipe(&mut secret);
+                Ok(told(&name, keys))
+            }
+            Err(Error::Api(status)) if status.code == 409 => {
+                let mut secret = self.secrets.get(&name).await?;
+                let keys = keys_of(&secret);
+                wipe(&mut secret);
+                Ok(told(&name, keys))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn apply(&self, spec: &MeshGatewaySpec) -> Result<Answer, Error> {
+        let params = PatchParams::apply(MANAGER).force();
+        self.gateways.patch(&spec.ordinal.to_string(), &params, &Patch::Apply(applied(spec))).await?;
+        Ok(Answer::Done)
+    }
+
+    /// Unless somebody else's by now.
+    async fn remove(&self, slot: Ordinal) -> Result<Answer, Error> {
+        let Some(there) = self.gateways.get_opt(&slot.to_string()).await? else { return Ok(Answer::Done) };
+        if there.spec.node != self.me.as_str() {
+            return Ok(Answer::Done);
+        }
+        let only = Preconditions { resource_version: there.metadata.resource_version, uid: there.metadata.uid };
+        let params = DeleteParams { preconditions: Some(only), ..DeleteParams::default() };
+        self.gateways.delete(&slot.to_string(), &params).await?;
+        Ok(Answer::Done)
+    }
+}
+
+/// A Lease of ours: the slot, and what it says.
+pub(super) fn heard(lease: &Lease) -> Option<(Ordinal, slot::Lease)> {
+    let named = |slot: &Ordinal| lease.metadata.name.as_deref() == Some(&*name(*slot));
+    let slot = Ordinal::all().find(named)?;
+    let holder =
+        lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref()).filter(|holder| !holder.is_empty());
+    let version = lease.metadata.resource_version.clone().unwrap_or_default();
+    // Whoever has written another name there is not this node.
+    Some((slot, slot::Lease { holder: holder.map(NodeName::nearest), version }))
+}
+
+/// What is to stand in the Lease: all of it, or over the version that goes along. The time is for people: nobody compares
+/// it.
+pub(super) fn leased(write: &slot::Write, now: MicroTime) -> serde_json::Value {
+    let mut metadata = json!({"name": name(write.ordinal)});
+    if let Some(version) = &write.over {
+        metadata["resourceVersion"] = json!(version);
+    }
+    json!({
+        "apiVersion": "coordination.k8s.io/v1",
+        "kind": "Lease",
+        "metadata": metadata,
+        "spec": {
+            "holderIdentity": write.holder.as_ref().map(NodeName::as_str),
+            "leaseDurationSeconds": slot::DURATION.as_secs(),
+            "renewTime": now,
+        },
+    })
+}
+
+/// What is applied: what is not in it is none of ours.
+pub(super) fn applied(spec: &MeshGatewaySpec) -> serde_json::Value {
+    json!({
+        "apiVersion": "carrick.dev/v1alpha1",
+        "kind": "MeshGateway",
+        "metadata": {"name": spec.ordinal.to_string()},
+        "spec": spec,
+    })
+}
+
+/// The keys of a Secret; `None`: there are none yet.
+pub(super) fn keys_of(secret: &Secret) -> Result<Option<Vec<PrivateKey>>, keyring::KeyFault> {
+    match secret.data.as_ref().and_then(|data| data.get(ENTRY)) {
+        None => Ok(None),
+        Some(text) => keyring::parse(&text.0).map(Some),
+    }
+}
+
+fn told(name: &str, keys: Result<Option<Vec<PrivateKey>>, keyring::KeyFault>) -> Answer {
+    match keys {
+        Ok(Some(keys)) => Answer::Keys(keys),
+        Ok(None) => Answer::Failed(format!("Secret {name}: its key was taken away again: it is made anew")),
+        Err(fault) => Answer::Failed(format!("Secret {name}, entry {ENTRY}: {fault}")),
+    }
+}
+
+fn wipe(secret: &mut Secret) {
+    secret.data.iter_mut().flat_map(|data| data.values_mut()).for_each(|text| text.0.zeroize());
+}
+
+fn what(ask: &Ask) -> String {
+    match ask {
+        Ask::Leases => "Leases of slots".to_owned(),
+        Ask::Write(write) => format!("Lease {}", name(write.ordinal)),
+        Ask::Key(slot) => format!("Secret {}", name(*slot)),
+        Ask::Apply(spec) => format!("MeshGateway {}", spec.ordinal),
+        Ask::Remove(slot) => format!("MeshGateway {slot}"),
+    }
+}
+
+/// What went wrong, and the remedy.
+fn failure(error: &Error, what: &str) -> String {
+    match error {
+        Error::Api(status) => match (status.code, status.message.as_str()) {
+            (403, message) => format!("{what}: {message} (403): grant it, as the chart's RBAC does"),
+            (404, message) => format!("{what}: {message} (404): the chart makes what is missing, one for each slot"),
+            (code, message) => format!("{what}: {code} {message}"),
+        },
+        Error::Service(source) => format!("{what}: the API server does not answer ({})", with_cause(source.as_ref())),
+        // What it could not read may be a key.
+        Error::SerdeError(_) => format!("{what}: what the API server says of it cannot be read by this version"),
+        error => format!("{what}: {error}"),
+    }
+}

@@ -1,0 +1,375 @@
+//! What is asked and said, step by step; and laws over random troubles.
+
+use std::fmt::Write;
+
+use expect_test::{Expect, expect};
+use k8s_openapi::{ByteString, api::core::v1::Secret, apimachinery::pkg::apis::meta::v1::MicroTime, jiff::Timestamp};
+use proptest::{collection::vec, prelude::*};
+
+use super::{
+    api::{ENTRY, applied, heard, keys_of, leased},
+    *,
+};
+use crate::keyring::KeyFault;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn slot(n: i64) -> Ordinal {
+    Ordinal::new(n).unwrap()
+}
+
+fn node(name: &str) -> NodeName {
+    name.parse().unwrap()
+}
+
+fn key(n: u8) -> PrivateKey {
+    PrivateKey::new([n; 32])
+}
+
+fn spec(n: i64, node: &str, public: PublicKey) -> MeshGatewaySpec {
+    MeshGatewaySpec {
+        ordinal: n,
+        node: node.to_owned(),
+        hop_addresses: vec!["192.0.2.1".to_owned()],
+        public_key: public.to_string(),
+    }
+}
+
+/// A node `n1` that is labelled so, in a mesh that names key 1 for slot 0.
+fn labelled(label: &str) -> Known {
+    Known {
+        label: (!label.is_empty()).then(|| label.to_owned()),
+        hop: ["192.0.2.1".parse().unwrap()].into(),
+        named: Some([(slot(0), key(1).public())].into()),
+        ..Known::default()
+    }
+}
+
+fn shown(ask: &Ask) -> String {
+    match ask {
+        Ask::Leases => "list Leases".to_owned(),
+        Ask::Write(write) => {
+            let holder = write.holder.as_ref().map_or("nobody", NodeName::as_str);
+            format!("Lease {} to {holder} over {}", write.ordinal, write.over.as_deref().unwrap_or("none"))
+        }
+        Ask::Key(slot) => format!("key of slot {slot}"),
+        Ask::Apply(spec) => format!("MeshGateway {} {} {:?}", spec.ordinal, spec.node, spec.hop_addresses),
+        Ask::Remove(slot) => format!("delete MeshGateway {slot}"),
+    }
+}
+
+fn stands(standing: &Standing) -> String {
+    match standing {
+        Standing::Unknown => "unknown".to_owned(),
+        Standing::Worker => "worker".to_owned(),
+        Standing::Gateway(held) => format!("gateway {} of {} keys", held.spec.ordinal, held.keys.len()),
+    }
+}
+
+/// An API server that knows one cluster, and how many requests came to it.
+#[derive(Debug, Default)]
+struct World {
+    leases: BTreeMap<Ordinal, Lease>,
+    gateways: BTreeMap<Ordinal, MeshGatewaySpec>,
+    version: u64,
+}
+
+impl World {
+    fn answer(&mut self, ask: &Ask) -> Answer {
+        match ask {
+            Ask::Leases => Answer::Leases(self.leases.clone()),
+            Ask::Write(write) if self.leases.get(&write.ordinal).map(|lease| &lease.version) != write.over.as_ref() => {
+                Answer::Refused
+            }
+            Ask::Write(write) => {
+                self.version += 1;
+                let lease = Lease { holder: write.holder.clone(), version: self.version.to_string() };
+                self.leases.insert(write.ordinal, lease.clone());
+                Answer::Written(lease)
+            }
+            Ask::Key(slot) => Answer::Keys(vec![key(slot.get() + 1)]),
+            Ask::Apply(spec) => {
+                self.gateways.insert(slot(spec.ordinal), spec.clone());
+                Answer::Done
+            }
+            Ask::Remove(slot) => {
+                self.gateways.remove(slot);
+                Answer::Done
+            }
+        }
+    }
+}
+
+/// One node for so long; each step that asks or changes anything is a line.
+fn run(gateway: &mut Gateway, world: &mut World, known: &Known, (from, to): (u64, u64), text: &mut String) {
+    let mut before = gateway.said();
+    for second in from..to {
+        let now = SECOND * u32::try_from(second).unwrap();
+        gateway.know(now, Known { gateways: world.gateways.clone(), ..known.clone() });
+        loop {
+            let ask = gateway.next(now);
+            let said = gateway.said();
+            if said != before {
+                writeln!(text, "{second} s: {}", stands(&said.standing)).unwrap();
+                said.problems.iter().for_each(|problem| writeln!(text, "    {problem}").unwrap());
+                before = said;
+            }
+            let Some(ask) = ask else { break };
+            writeln!(text, "{second} s: {}", shown(&ask)).unwrap();
+            let answer = world.answer(&ask);
+            gateway.answered(now, now, &ask, answer);
+            gateway.know(now, Known { gateways: world.gateways.clone(), ..known.clone() });
+        }
+    }
+}
+
+fn one() -> Gateway {
+    Gateway::new(node("n1"), "mn".parse().unwrap(), 2)
+}
+
+fn check(known: &Known, mut world: World, seconds: u64, expected: Expect) {
+    let mut text = String::new();
+    run(&mut one(), &mut world, known, (0, seconds), &mut text);
+    expected.assert_eq(&text);
+}
+
+#[test]
+fn a_worker_asks_for_nothing() {
+    check(&labelled(""), World::default(), 600, expect![[r#""#]]);
+    check(&labelled("8"), World::default(), 600, expect![[r#""#]]);
+}
+
+#[test]
+fn a_pinned_slot_has_no_lease() {
+    let known = Known { pinned: [(slot(0), node("n1"))].into(), ..labelled("0") };
+    check(&known, World::default(), 600, expect![[r#""#]]);
+}
+
+#[test]
+fn of_two_nodes_that_are_pinned_to_one_slot_the_other_is_a_worker() {
+    let known = Known { pinned: [(slot(0), node("n0"))].into(), ..labelled("0") };
+    check(&known, World::default(), 60, expect![[r#""#]]);
+}
+
+#[test]
+fn a_slot_by_lease() {
+    check(&labelled("auto"), World::default(), 61, expect![[r#""#]]);
+}
+
+#[test]
+fn every_slot_is_held() {
+    let lease = |n: &str, version: &str| Lease { holder: Some(node(n)), version: version.to_owned() };
+    let leases = [(slot(0), lease("n2", "1")), (slot(1), lease("n3", "2"))].into();
+    let known = Known { others: [slot(0), slot(1)].into(), ..labelled("auto") };
+    check(&known, World { leases, ..World::default() }, 61, expect![[r#""#]]);
+}
+
+#[test]
+fn a_holder_that_is_silent_is_succeeded() {
+    let lease = |n: &str, version: &str| Lease { holder: Some(node(n)), version: version.to_owned() };
+    let leases = [(slot(0), lease("n2", "1")), (slot(1), lease("n3", "2"))].into();
+    let known = Known { others: [slot(0), slot(1)].into(), silent: [slot(1)].into(), ..labelled("auto") };
+    check(&known, World { leases, version: 2, ..World::default() }, 70, expect![[r#""#]]);
+}
+
+#[test]
+fn another_slot_another_key() {
+    let (mut gateway, mut world, mut text) = (one(), World::default(), String::new());
+    let pinned = |n: i64| Known { pinned: [(slot(n), node("n1"))].into(), ..labelled(&n.to_string()) };
+    run(&mut gateway, &mut world, &pinned(0), (0, 20), &mut text);
+    run(&mut gateway, &mut world, &pinned(1), (20, 60), &mut text);
+    run(&mut gateway, &mut world, &labelled("auto"), (60, 100), &mut text);
+    run(&mut gateway, &mut world, &labelled(""), (100, 200), &mut text);
+    expect![[r#""#]].assert_eq(&text);
+}
+
+#[test]
+fn without_its_mesh_cluster_the_key_is_told() {
+    let known = Known { pinned: [(slot(0), node("n1"))].into(), named: None, ..labelled("0") };
+    check(&known, World::default(), 5, expect![[r#""#]]);
+}
+
+#[test]
+fn what_is_written() {
+    let write = slot::Write { ordinal: slot(3), holder: Some(node("n1")), over: None };
+    let now = || MicroTime(Timestamp::UNIX_EPOCH);
+    let over = slot::Write { over: Some("7".to_owned()), ..write.clone() };
+    let back = slot::Write { holder: None, ..over.clone() };
+    let lines =
+        [leased(&write, now()), leased(&over, now()), leased(&back, now()), applied(&spec(3, "n1", key(1).public()))];
+    expect![[r#""#]].assert_eq(&lines.map(|line| format!("{line}\n")).concat());
+    let mut lease: k8s_openapi::api::coordination::v1::Lease = serde_json::from_value(leased(&over, now())).unwrap();
+    assert_eq!(heard(&lease), Some((slot(3), Lease { holder: Some(node("n1")), version: "7".to_owned() })));
+    lease.metadata.name = Some("carrick-gateway-8".to_owned());
+    assert_eq!(heard(&lease), None);
+}
+
+#[test]
+fn a_node_knows_its_own_slot_better_than_what_is_written() {
+    let gateway = |n: i64, node: &str| MeshGateway::new(&n.to_string(), spec(n, node, key(1).public()));
+    let objects = Objects { gateways: vec![gateway(0, "n1"), gateway(1, "n2")], ..Objects::default() };
+    let named = |standing: &Standing| {
+        let amended = standing.amend(&node("n1"), &objects);
+        amended.map(|objects| objects.gateways.iter().map(|one| (one.spec.ordinal, one.spec.node.clone())).collect())
+    };
+    let at = |n: i64, node: &str| (n, node.to_owned());
+    let held = |n| Standing::Gateway(Held { spec: spec(n, "n1", key(1).public()), keys: BTreeMap::new() });
+    assert_eq!(named(&Standing::Unknown), None::<Vec<_>>);
+    assert_eq!(named(&Standing::Worker), Some(vec![at(1, "n2")]));
+    assert_eq!(named(&held(0)), Some(vec![at(0, "n1"), at(1, "n2")]));
+    assert_eq!(named(&held(1)), Some(vec![at(1, "n1")]));
+    assert_eq!(named(&held(2)), Some(vec![at(1, "n2"), at(2, "n1")]));
+}
+
+#[test]
+fn who_holds_a_pinned_slot_keeps_it() {
+    let labels = [("a", "0"), ("b", "0"), ("c", "1"), ("d", "auto"), ("e", "x")];
+    let labels = labels.map(|(name, label)| (node(name), label.to_owned())).into();
+    let gateways = |holder: &str| [(slot(0), spec(0, holder, key(1).public()))].into();
+    let expected = |first: &str| BTreeMap::from([(slot(0), node(first)), (slot(1), node("c"))]);
+    assert_eq!(pinned(&labels, &BTreeMap::new()), expected("a"));
+    assert_eq!(pinned(&labels, &gateways("b")), expected("b"));
+    assert_eq!(pinned(&labels, &gateways("c")), expected("a"));
+}
+
+fn secret(text: Option<&[u8]>) -> Secret {
+    let data = text.map(|text| [(ENTRY.to_owned(), ByteString(text.to_vec()))].into());
+    Secret { data, ..Secret::default() }
+}
+
+#[test]
+fn a_secret_holds_what_a_key_file_holds() {
+    assert!(matches!(keys_of(&secret(None)), Ok(None)));
+    assert!(matches!(keys_of(&secret(Some(b"\n"))), Err(KeyFault::Empty)));
+    let two = format!("{}\n{}\n", *key(1).to_base64(), *key(2).to_base64());
+    let keys = keys_of(&secret(Some(two.as_bytes()))).unwrap().unwrap();
+    let public = |n: u8| key(n).public();
+    assert_eq!(keys.iter().map(PrivateKey::public).collect::<Vec<_>>(), [public(1), public(2)]);
+    assert_eq!(told(&keys, None), Some(public(1)));
+    assert_eq!(told(&keys, Some(&public(2))), Some(public(2)));
+    assert_eq!(told(&keys, Some(&public(3))), Some(public(1)));
+}
+
+/// What befalls a node at a second: whether the API server is there for it, and the hop.
+#[derive(Clone, Copy, Debug)]
+struct Fault {
+    at: u32,
+    node: usize,
+    api: bool,
+    hop: bool,
+}
+
+fn faults() -> impl Strategy<Value = Vec<Fault>> {
+    let fault = (0..600u32, 0..4usize, any::<bool>(), any::<bool>());
+    vec(fault.prop_map(|(at, node, api, hop)| Fault { at, node, api, hop }), 0..16)
+}
+
+struct Node {
+    gateway: Gateway,
+    known: Known,
+    api: bool,
+    hop: bool,
+    /// Since when the API server has been there for it.
+    heard: u32,
+    asked: Vec<(u32, Ask)>,
+}
+
+/// Four nodes with the label `auto` and two slots. `look` sees all of them after each second.
+fn live(faults: &[Fault], seconds: u32, mut look: impl FnMut(u32, &[Node])) -> Vec<Node> {
+    let gateway = |n: usize| Gateway::new(node(&format!("n{n}")), "mn".parse().unwrap(), 2);
+    let born =
+        |n| Node { gateway: gateway(n), known: labelled("auto"), api: true, hop: true, heard: 0, asked: Vec::new() };
+    let (mut nodes, mut world): (Vec<Node>, _) = ((0..4).map(born).collect(), World::default());
+    for second in 0..seconds {
+        for fault in faults.iter().filter(|fault| fault.at == second) {
+            (nodes[fault.node].api, nodes[fault.node].hop) = (fault.api, fault.hop);
+        }
+        let hops: BTreeMap<String, bool> = nodes.iter().map(|one| (one.gateway.me.to_string(), one.hop)).collect();
+        for one in &mut nodes {
+            let now = SECOND * second;
+            if one.api {
+                one.known.gateways = world.gateways.clone();
+            } else {
+                one.heard = second + 1;
+            }
+            let others = one.known.gateways.iter().filter(|(_, spec)| spec.node != one.gateway.me.as_str());
+            one.known.others = others.clone().map(|(slot, _)| *slot).collect();
+            one.known.silent =
+                others.filter(|(_, spec)| !(one.hop && hops[&spec.node])).map(|(slot, _)| *slot).collect();
+            one.gateway.know(now, one.known.clone());
+            while let Some(ask) = one.gateway.next(now) {
+                let answer = if one.api { world.answer(&ask) } else { Answer::Failed("away".to_owned()) };
+                one.gateway.answered(now, now, &ask, answer);
+                one.asked.push((second, ask));
+                // What was written comes back by the watch.
+                if one.api {
+                    one.known.gateways = world.gateways.clone();
+                    one.gateway.know(now, one.known.clone());
+                }
+            }
+        }
+        look(second, &nodes);
+    }
+    nodes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn of_those_who_hear_the_api_server_no_two_hold_one_slot(faults in faults()) {
+        let mut twice = None;
+        live(&faults, 700, |second, nodes| {
+            // A renewal, and another try after it.
+            let hears = nodes.iter().filter(|one| second >= one.heard + 40);
+            let mut held: Vec<Ordinal> = hears.filter_map(|one| one.gateway.hold).collect();
+            let all = held.len();
+            held.sort();
+            held.dedup();
+            twice = twice.or((held.len() < all).then_some(second));
+        });
+        prop_assert_eq!(twice, None);
+    }
+
+    #[test]
+    fn a_minute_has_few_requests(faults in faults()) {
+        for one in live(&faults, 700, |_, _| {}) {
+            for minute in 0..640 {
+                let within = |about: About| {
+                    let asked = one.asked.iter().filter(|(at, _)| (minute..minute + 60).contains(at));
+                    asked.filter(|(_, ask)| ask.about() == about).count()
+                };
+                prop_assert!(within(About::Key) <= 5, "key, from {}: {:?}", minute, one.asked);
+                prop_assert!(within(About::Object) <= 6, "object, from {}: {:?}", minute, one.asked);
+                prop_assert!(within(About::Lease) <= 8, "Lease, from {}: {:?}", minute, one.asked);
+            }
+        }
+    }
+
+    #[test]
+    fn when_all_is_well_again_every_slot_is_held_once_and_written_so(faults in faults()) {
+        let all_well = (0..4).map(|node| Fault { at: 600, node, api: true, hop: true });
+        let faults: Vec<Fault> = faults.into_iter().chain(all_well).collect();
+        let nodes = live(&faults, 800, |_, _| {});
+        let held: BTreeSet<Ordinal> = nodes.iter().filter_map(|one| one.gateway.hold).collect();
+        prop_assert_eq!(held, BTreeSet::from([slot(0), slot(1)]));
+        for one in nodes.iter() {
+            let said = one.gateway.said().standing;
+            match one.gateway.hold {
+                None => prop_assert_eq!(said, Standing::Worker),
+                Some(slot) => {
+                    let Standing::Gateway(held) = said else { return Err(TestCaseError::fail("no key")) };
+                    prop_assert_eq!(one.known.gateways.get(&slot), Some(&held.spec));
+                    let last_minute = one.asked.iter().filter(|(at, _)| *at >= 740).map(|(_, ask)| ask.about());
+                    let leases = last_minute.filter(|about| *about == About::Lease).count();
+                    prop_assert!(leases <= 3, "{} requests a minute for its Lease", leases);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_secret_holds_is_never_taken_for_nothing(text in vec(any::<u8>(), 0..80)) {
+        prop_assert!(!matches!(keys_of(&secret(Some(&text))), Ok(None)));
+    }
+}
