@@ -135,25 +135,51 @@ fn check(known: &Known, mut world: World, seconds: u64, expected: Expect) {
 
 #[test]
 fn a_worker_asks_for_nothing() {
-    check(&labelled(""), World::default(), 600, expect![[r#""#]]);
-    check(&labelled("8"), World::default(), 600, expect![[r#""#]]);
+    check(&labelled(""), World::default(), 600, expect![[r#"
+        0 s: worker
+    "#]]);
+    check(&labelled("8"), World::default(), 600, expect![[r#"
+        0 s: worker
+            label carrick.dev/gateway="8" is neither a slot from 0 to 7 nor "auto": this node stays a worker
+    "#]]);
 }
 
 #[test]
 fn a_pinned_slot_has_no_lease() {
     let known = Known { pinned: [(slot(0), node("n1"))].into(), ..labelled("0") };
-    check(&known, World::default(), 600, expect![[r#""#]]);
+    check(&known, World::default(), 600, expect![[r#"
+        0 s: worker
+        0 s: key of slot 0
+        0 s: gateway 0 of 1 keys
+        0 s: MeshGateway 0 n1 ["192.0.2.1"]
+        300 s: key of slot 0
+    "#]]);
 }
 
 #[test]
 fn of_two_nodes_that_are_pinned_to_one_slot_the_other_is_a_worker() {
     let known = Known { pinned: [(slot(0), node("n0"))].into(), ..labelled("0") };
-    check(&known, World::default(), 60, expect![[r#""#]]);
+    check(&known, World::default(), 60, expect![[r#"
+        0 s: worker
+            slot 0 is held by node n0, which has the same label carrick.dev/gateway: this node stays a worker until one of the two labels is changed
+    "#]]);
 }
 
 #[test]
 fn a_slot_by_lease() {
-    check(&labelled("auto"), World::default(), 61, expect![[r#""#]]);
+    check(&labelled("auto"), World::default(), 61, expect![[r#"
+        0 s: list Leases
+        0 s: worker
+            every slot is held: this node stays a worker until one is free; install with more slots, or take the label from a node
+        0 s: Lease 0 to n1 over none
+        0 s: worker
+        0 s: key of slot 0
+        0 s: gateway 0 of 1 keys
+        0 s: MeshGateway 0 n1 ["192.0.2.1"]
+        20 s: Lease 0 to n1 over 1
+        40 s: Lease 0 to n1 over 2
+        60 s: Lease 0 to n1 over 3
+    "#]]);
 }
 
 #[test]
@@ -161,7 +187,14 @@ fn every_slot_is_held() {
     let lease = |n: &str, version: &str| Lease { holder: Some(node(n)), version: version.to_owned() };
     let leases = [(slot(0), lease("n2", "1")), (slot(1), lease("n3", "2"))].into();
     let known = Known { others: [slot(0), slot(1)].into(), ..labelled("auto") };
-    check(&known, World { leases, ..World::default() }, 61, expect![[r#""#]]);
+    check(&known, World { leases, ..World::default() }, 61, expect![[r#"
+        0 s: list Leases
+        0 s: worker
+            every slot is held: this node stays a worker until one is free; install with more slots, or take the label from a node
+        20 s: list Leases
+        40 s: list Leases
+        60 s: list Leases
+    "#]]);
 }
 
 #[test]
@@ -169,7 +202,18 @@ fn a_holder_that_is_silent_is_succeeded() {
     let lease = |n: &str, version: &str| Lease { holder: Some(node(n)), version: version.to_owned() };
     let leases = [(slot(0), lease("n2", "1")), (slot(1), lease("n3", "2"))].into();
     let known = Known { others: [slot(0), slot(1)].into(), silent: [slot(1)].into(), ..labelled("auto") };
-    check(&known, World { leases, version: 2, ..World::default() }, 70, expect![[r#""#]]);
+    check(&known, World { leases, version: 2, ..World::default() }, 70, expect![[r#"
+        0 s: list Leases
+        0 s: worker
+            every slot is held: this node stays a worker until one is free; install with more slots, or take the label from a node
+        20 s: list Leases
+        40 s: list Leases
+        60 s: Lease 1 to n1 over 2
+        60 s: worker
+        60 s: key of slot 1
+        60 s: gateway 1 of 1 keys
+        60 s: MeshGateway 1 n1 ["192.0.2.1"]
+    "#]]);
 }
 
 #[test]
@@ -180,13 +224,41 @@ fn another_slot_another_key() {
     run(&mut gateway, &mut world, &pinned(1), (20, 60), &mut text);
     run(&mut gateway, &mut world, &labelled("auto"), (60, 100), &mut text);
     run(&mut gateway, &mut world, &labelled(""), (100, 200), &mut text);
-    expect![[r#""#]].assert_eq(&text);
+    expect![[r#"
+        0 s: worker
+        0 s: key of slot 0
+        0 s: gateway 0 of 1 keys
+        0 s: MeshGateway 0 n1 ["192.0.2.1"]
+        20 s: worker
+        20 s: key of slot 1
+        20 s: gateway 1 of 1 keys
+        20 s: delete MeshGateway 0
+        30 s: MeshGateway 1 n1 ["192.0.2.1"]
+        60 s: list Leases
+        60 s: worker
+            every slot is held: this node stays a worker until one is free; install with more slots, or take the label from a node
+        60 s: Lease 0 to n1 over none
+        60 s: worker
+        60 s: key of slot 0
+        60 s: gateway 0 of 1 keys
+        60 s: delete MeshGateway 1
+        70 s: MeshGateway 0 n1 ["192.0.2.1"]
+        80 s: Lease 0 to n1 over 1
+        100 s: worker
+        100 s: Lease 0 to nobody over 2
+    "#]].assert_eq(&text);
 }
 
 #[test]
 fn without_its_mesh_cluster_the_key_is_told() {
     let known = Known { pinned: [(slot(0), node("n1"))].into(), named: None, ..labelled("0") };
-    check(&known, World::default(), 5, expect![[r#""#]]);
+    check(&known, World::default(), 5, expect![[r#"
+        0 s: worker
+        0 s: key of slot 0
+        0 s: gateway 0 of 1 keys
+            NotInMesh: there is no MeshCluster mn: add it to the mesh's folder, with gateways: [{ordinal: 0, publicKey: pOCSkrZRwni5dyxWn1+puxPZBrRqtoyd+dwrRAn4ogk=}]
+        0 s: MeshGateway 0 n1 ["192.0.2.1"]
+    "#]]);
 }
 
 #[test]
@@ -197,7 +269,12 @@ fn what_is_written() {
     let back = slot::Write { holder: None, ..over.clone() };
     let lines =
         [leased(&write, now()), leased(&over, now()), leased(&back, now()), applied(&spec(3, "n1", key(1).public()))];
-    expect![[r#""#]].assert_eq(&lines.map(|line| format!("{line}\n")).concat());
+    expect![[r#"
+        {"apiVersion":"coordination.k8s.io/v1","kind":"Lease","metadata":{"name":"carrick-gateway-3"},"spec":{"holderIdentity":"n1","leaseDurationSeconds":60,"renewTime":"1970-01-01T00:00:00.000000Z"}}
+        {"apiVersion":"coordination.k8s.io/v1","kind":"Lease","metadata":{"name":"carrick-gateway-3","resourceVersion":"7"},"spec":{"holderIdentity":"n1","leaseDurationSeconds":60,"renewTime":"1970-01-01T00:00:00.000000Z"}}
+        {"apiVersion":"coordination.k8s.io/v1","kind":"Lease","metadata":{"name":"carrick-gateway-3","resourceVersion":"7"},"spec":{"holderIdentity":null,"leaseDurationSeconds":60,"renewTime":"1970-01-01T00:00:00.000000Z"}}
+        {"apiVersion":"carrick.dev/v1alpha1","kind":"MeshGateway","metadata":{"name":"3"},"spec":{"hopAddresses":["192.0.2.1"],"node":"n1","ordinal":3,"publicKey":"pOCSkrZRwni5dyxWn1+puxPZBrRqtoyd+dwrRAn4ogk="}}
+    "#]].assert_eq(&lines.map(|line| format!("{line}\n")).concat());
     let mut lease: k8s_openapi::api::coordination::v1::Lease = serde_json::from_value(leased(&over, now())).unwrap();
     assert_eq!(heard(&lease), Some((slot(3), Lease { holder: Some(node("n1")), version: "7".to_owned() })));
     lease.metadata.name = Some("carrick-gateway-8".to_owned());

@@ -123,7 +123,7 @@ fn a_worker_knows_the_nodes_of_gateways_by_what_these_say() {
 fn a_gateway_watches_all_nodes_for_as_long_as_its_own_says_so() {
     let mut view = synced();
     assert!(!view.wants_nodes());
-    view.hear(Duration::ZERO, Told::OwnNode(set(node("w1", "192.0.2.9", &[GATEWAY_LABEL]))));
+    view.hear(Duration::ZERO, Told::OwnNode(set(node("w1", "192.0.2.9", &[slot::LABEL]))));
     assert!(view.wants_nodes());
     view.begin_nodes(1);
     let before = rendered(&view);
