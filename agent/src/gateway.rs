@@ -208,7 +208,7 @@ pub enum Answer {
 struct Keys {
     slot: Ordinal,
     /// The first is used where the mesh names none of them.
-    keys: Vec<PrivateKey>,
+    keys: Vec<(PublicKey, PrivateKey)>,
     read: Duration,
 }
 
@@ -230,7 +230,10 @@ pub struct Gateway {
     settled: bool,
     keys: Option<Keys>,
     silent: BTreeMap<Ordinal, Duration>,
-    written: Option<Duration>,
+    /// MeshGateways, when they were last written.
+    written: BTreeMap<Ordinal, Duration>,
+    /// It would hold a slot, and none is free.
+    waits: bool,
     failed: BTreeMap<About, (Duration, String)>,
 }
 
@@ -249,7 +252,8 @@ impl Gateway {
             settled: false,
             keys: None,
             silent: BTreeMap::new(),
-            written: None,
+            written: BTreeMap::new(),
+            waits: false,
             failed: BTreeMap::new(),
         }
     }
@@ -304,6 +308,7 @@ impl Gateway {
         }
         self.hold = decision.hold;
         self.settled = true;
+        self.waits = decision == slot::Decision::default();
         let looks = decision.hold.is_none() && now.saturating_sub(listed) >= LOOK;
         decision.write.map(Ask::Write).or(looks.then_some(Ask::Leases))
     }
@@ -312,6 +317,7 @@ impl Gateway {
     fn settle(&mut self, hold: Option<Ordinal>) -> bool {
         self.hold = hold;
         self.settled = true;
+        self.waits = false;
         false
     }
 
@@ -322,15 +328,14 @@ impl Gateway {
 
     fn object(&self, now: Duration) -> Option<Ask> {
         let spec = self.spec()?;
-        if self.written.is_some_and(|written| now.saturating_sub(written) < WRITE_AGAIN) {
-            return None;
+        let hold = self.hold?;
+        let is_due =
+            |slot: &Ordinal| self.written.get(slot).is_none_or(|written| now.saturating_sub(*written) >= WRITE_AGAIN);
+        let mut others = self.known.gateways.keys().filter(|slot| **slot != hold && self.is_written(**slot));
+        if let Some(old) = others.find(|slot| is_due(slot)) {
+            return Some(Ask::Remove(*old));
         }
-        let mut others = self.known.gateways.iter().filter(|(slot, _)| Some(**slot) != self.hold);
-        let old = others.find(|(_, gateway)| gateway.node == self.me.as_str()).map(|(slot, _)| *slot);
-        if let Some(old) = old {
-            return Some(Ask::Remove(old));
-        }
-        (self.known.gateways.get(&self.hold?) != Some(&spec)).then_some(Ask::Apply(spec))
+        (is_due(&hold) && self.known.gateways.get(&hold) != Some(&spec)).then_some(Ask::Apply(spec))
     }
 
     /// The MeshGateway of this node; `None` while it holds none, or its key or addresses are not known.
@@ -359,8 +364,16 @@ impl Gateway {
             }
             (Ask::Write(write), Answer::Written(lease)) => self.claims.wrote(sent, write.ordinal, lease),
             (Ask::Write(_), Answer::Refused) => self.stale = true,
-            (Ask::Key(slot), Answer::Keys(keys)) => self.keys = Some(Keys { slot: *slot, keys, read: now }),
-            (Ask::Apply(_) | Ask::Remove(_), Answer::Done) => self.written = Some(now),
+            (Ask::Key(slot), Answer::Keys(keys)) => {
+                let keys = keys.into_iter().map(|key| (key.public(), key)).collect();
+                self.keys = Some(Keys { slot: *slot, keys, read: now });
+            }
+            (Ask::Apply(spec), Answer::Done) => {
+                self.written.extend(Ordinal::new(spec.ordinal).map(|slot| (slot, now)));
+            }
+            (Ask::Remove(slot), Answer::Done) => {
+                self.written.insert(*slot, now);
+            }
             (ask, Answer::Failed(why)) => {
                 // It may have been taken all the same.
                 self.stale |= matches!(ask, Ask::Write(_));
@@ -377,8 +390,7 @@ impl Gateway {
         let standing = match (self.settled, self.hold, self.spec().zip(self.keys.as_ref())) {
             (false, ..) => Standing::Unknown,
             (true, Some(_), Some((spec, keys))) => {
-                let keys = keys.keys.iter().map(|key| (key.public(), key.clone())).collect();
-                Standing::Gateway(Held { spec, keys })
+                Standing::Gateway(Held { spec, keys: keys.keys.iter().cloned().collect() })
             }
             // Its key may be in use already, from before the agent began: nothing is taken away until it is known.
             (true, Some(slot), None) if self.is_written(slot) => Standing::Unknown,
@@ -403,7 +415,7 @@ impl Gateway {
                     slot::LABEL
                 )]);
             }
-            Ok(Wish::Any) if self.settled && self.hold.is_none() => {
+            Ok(Wish::Any) if self.waits => {
                 problems.extend([
                     "every slot is held: this node stays a worker until one is free; install with more slots, or take \
                      the label from a node"
@@ -425,8 +437,7 @@ impl Gateway {
 }
 
 /// The key to show to others: the one that the mesh names, else the first.
-fn told(keys: &[PrivateKey], named: Option<&PublicKey>) -> Option<PublicKey> {
-    let mut public = keys.iter().map(PrivateKey::public);
-    let first = public.next()?;
-    Some(std::iter::once(first).chain(public).find(|key| Some(key) == named).unwrap_or(first))
+fn told(keys: &[(PublicKey, PrivateKey)], named: Option<&PublicKey>) -> Option<PublicKey> {
+    let mut public = keys.iter().map(|(public, _)| public);
+    public.clone().find(|key| Some(*key) == named).or(public.next()).copied()
 }
