@@ -2,6 +2,7 @@
 
 mod office;
 mod prober;
+mod rows;
 
 use std::{
     collections::BTreeSet,
@@ -9,7 +10,7 @@ use std::{
     io,
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use ipnetwork::IpNetwork;
@@ -31,16 +32,15 @@ use crate::{
         events::{self, Event},
         facts,
     },
-    names::{MemberName, Ordinal},
+    names::Ordinal,
     overlay::Overlay,
-    plan::member_of,
     probe::Report,
     reconcile::{Kernel, Outcome, Reading, reconcile},
     resolve::{Resolved, Resolver},
     run_dir::{Lock, LockError},
     source::{self, Snapshot},
     state::{Remote, State},
-    status::{NativeStatus, PeerStatus, RouteStatus, Status, connected},
+    status::Status,
     status_socket::{self, Request},
     survey::{Found, Keys, Survey, View, node_name, survey},
     tunnel::client::Client,
@@ -407,7 +407,7 @@ impl Agent {
         node: &facts::Node,
         resolved: &Resolved,
     ) -> Status {
-        let peers = peers(view, survey, reading);
+        let peers = rows::peers(view, survey, reading);
         let read = reading.failed.iter().map(|error| with_cause(error));
         let failures: Vec<String> = read.chain(outcome.failed.iter().map(|error| with_cause(error))).collect();
         let unresolved = resolved
@@ -432,14 +432,14 @@ impl Agent {
             connected: !members.is_empty() && members.iter().all(|member| member.reached),
             slot,
             drain: prober::drain(slot.is_some(), self.drain, self.report.as_ref()),
-            native: natives(node),
+            native: rows::natives(node),
             network_plugin,
             members,
             sent,
             drops,
             forged_answers: self.report.as_ref().map_or(0, |report| report.forged),
             peers,
-            routes: routes(view),
+            routes: rows::routes(view),
             rejections: view.rejected.iter().chain(&survey.rejected).map(ToString::to_string).collect(),
             problems,
             failures,
@@ -457,46 +457,6 @@ impl Agent {
         self.told.difference(&now).for_each(|old| info!("no longer {old}"));
         self.told = now;
     }
-}
-
-fn peers(view: &View, survey: &Survey, reading: &Reading) -> Vec<PeerStatus> {
-    let now = SystemTime::now();
-    let wanted = survey.desired.peers.keys();
-    wanted
-        .map(|(device, key)| {
-            let stats = reading.pairs.get(&(*device, *key)).cloned().unwrap_or_default();
-            let age = stats.last_handshake.map(|at| now.duration_since(at).unwrap_or_default());
-            PeerStatus {
-                member: member_of(&view.intent, *device, key).map(ToString::to_string).unwrap_or_default(),
-                device: device.to_string(),
-                public_key: key.to_string(),
-                endpoint: reading.state.peers.get(&(*device, *key)).and_then(|peer| peer.endpoint),
-                connected: connected(age, stats.rx_bytes),
-                handshake_age_seconds: age.map(|age| age.as_secs()),
-                rx_bytes: stats.rx_bytes,
-                tx_bytes: stats.tx_bytes,
-            }
-        })
-        .collect()
-}
-
-fn routes(view: &View) -> Vec<RouteStatus> {
-    let told = |name: &MemberName, cidr: IpNetwork| RouteStatus { cidr: cidr.to_string(), member: name.to_string() };
-    let others = view.intent.others();
-    let mut routes: Vec<RouteStatus> = others
-        .flat_map(|(name, member)| member.offered_to(&view.intent.me).map(move |cidr| told(name, cidr)))
-        .collect();
-    routes.sort_by(|a, b| (&a.member, &a.cidr).cmp(&(&b.member, &b.cidr)));
-    routes
-}
-
-fn natives(node: &facts::Node) -> Vec<NativeStatus> {
-    let status = |(name, native): (&String, &facts::Native)| NativeStatus {
-        name: name.clone(),
-        mtu: native.mtu,
-        tunnel_segmentation: native.tunnel_segmentation,
-    };
-    node.native.iter().map(status).collect()
 }
 
 /// Remote ranges that hold an address of this node: its neighbours there are now reached through a tunnel, if at all.

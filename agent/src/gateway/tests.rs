@@ -277,7 +277,8 @@ fn another_slot_another_key() {
         80 s: Lease 0 to n1 over 1
         100 s: worker
         100 s: Lease 0 to nobody over 2
-    "#]].assert_eq(&text);
+    "#]]
+    .assert_eq(&text);
 }
 
 #[test]
