@@ -117,7 +117,7 @@ pub const NEEDS: &[Need] = &[
         what: What::Program("busybox"),
         packages: Some(["busybox-static", "busybox", "busybox"]),
         purpose: "the guests' own programs",
-        by: GUESTS,
+        by: &[For::Test, For::Vm, For::Cluster],
     },
     Need {
         what: What::Program("apt-get"),
