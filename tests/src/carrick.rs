@@ -252,7 +252,7 @@ impl Carrick {
 
     /// Whether a node's probes have found each way to another member: by every gateway of its own that is another node and,
     /// on a gateway, to every one of that member.
-    pub fn has_every_way(&self, own: &Cluster, node: &Node, other: &Cluster) -> Result<(), String> {
+    fn has_every_way(&self, own: &Cluster, node: &Node, other: &Cluster) -> Result<(), String> {
         let slots = |cluster: &Cluster| cluster.gateways().map(|(_, slot)| slot).collect::<Vec<_>>();
         let via = slots(own).into_iter().filter(|slot| Some(*slot) != node.slot).collect();
         let links = node.slot.map_or_else(Vec::new, |_| slots(other));

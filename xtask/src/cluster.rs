@@ -9,7 +9,8 @@
 //!
 //! A machine is a process in namespaces of its own, under the mark of the lab [`NAME`]: whatever happens to whoever makes
 //! the clusters, the lab's guard ends all of it. Invariant: nothing is made in this machine's own namespaces but control
-//! groups and files, both below folders of ours.
+//! groups and files, both below folders of ours. What stays after [`down`]: br_netfilter, if it had to be loaded, and with
+//! cgroup v2 the controllers that the root hands down.
 
 use std::{
     io::{Write, stdout},

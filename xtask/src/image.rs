@@ -130,6 +130,7 @@ fn megabytes(bytes: usize) -> String {
 /// Builds a copy of the tree in another folder; whether its image has the same digest.
 fn same_elsewhere(args: &Args, package: &Package, first: &Written) -> Result<bool> {
     let folder = env::temp_dir().join(format!("carrick-image-{}", std::process::id()));
+    fs::create_dir(&folder).with_context(|| format!("make {}", folder.display()))?;
     let second = second_digest(args, package, first, &folder);
     fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
     let (same, text) = second?;
@@ -138,7 +139,6 @@ fn same_elsewhere(args: &Args, package: &Package, first: &Written) -> Result<boo
 }
 
 fn second_digest(args: &Args, package: &Package, first: &Written, folder: &Path) -> Result<(bool, String)> {
-    fs::create_dir(folder).with_context(|| format!("make {}", folder.display()))?;
     let tree = folder.join("another-tree");
     copy_tree(workspace::root(), &tree)?;
     let carrick = build::carrick(&tree, &folder.join("built"), args.arch)?;

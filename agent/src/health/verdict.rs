@@ -143,18 +143,19 @@ impl Scene<'_> {
         let mut found = BTreeSet::new();
         for member in self.targets.members.keys() {
             let (links, via) = self.ways(*member);
-            let in_vain = links.staying() | via.staying() == 0;
             // A gateway goes by its own links as long as one is up, also where that one is about to stop.
-            let links_in_vain = in_vain || (links.staying() == 0 && links.up != 0);
-            if links_in_vain {
+            let needs_links = links.staying() == 0 && (links.up != 0 || via.staying() == 0);
+            let needs_via = links.staying() | via.staying() == 0;
+            if needs_links {
                 let none = links.up | via.up == 0;
-                let wanted = |target: &Target, watched: &Watched| match target {
-                    Target::Own(_) => in_vain && watched.claims(*member),
+                let needed = |target: &Target, watched: &Watched| match target {
+                    Target::Own(_) => needs_via && watched.claims(*member),
                     Target::Remote(of, _) => of == member,
                 };
-                let better =
-                    |target: &Target, watched: &Watched| wanted(target, watched) && (none || !watched.draining);
-                let held = self.watched.iter().filter(|(target, it)| it.pulse.held() && better(target, it));
+                let held = self
+                    .watched
+                    .iter()
+                    .filter(|(target, it)| it.pulse.held() && (none || !it.draining) && needed(target, it));
                 found.extend(held.map(|(target, _)| *target));
             }
         }

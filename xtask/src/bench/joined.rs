@@ -102,19 +102,8 @@ impl Joined {
     /// Waits until every gateway is connected to every gateway of the other member, and probes have found every way: to each
     /// of them, and from every node by every gateway of its own.
     pub fn wait_connected(&self) -> Result<()> {
-        let [one, other] = self.clusters();
-        for (cluster, other) in [(one, other), (other, one)] {
-            for node in &cluster.nodes {
-                check_interrupted()?;
-                let other_name = other.member.name.as_str();
-                self.carrick.wait_connected(node, &[other_name], WHOLE_LIMIT)?;
-                wait_for(&format!("every way from {} to {other_name}", node.host.name()), WHOLE_LIMIT, || {
-                    check_interrupted().map_err(|error| error.to_string())?;
-                    self.carrick.has_every_way(cluster, node, other)
-                })?;
-            }
-        }
-        Ok(())
+        check_interrupted()?;
+        self.carrick.wait_whole(&self.lab.clusters)
     }
 
     /// Waits until a packet gets from one pod to the other, and its answer back.

@@ -61,6 +61,7 @@ pub fn on(machine: &mut Machine, switch: u32, start: impl FnOnce(&mut Command) -
 
 /// [`on`], when the clusters are kept and nobody guards them.
 pub fn on_again(machine: &mut Machine, switch: u32) -> Result<()> {
+    ensure!(guard::processes(NAME)?.contains(&switch), "the clusters have ended: cargo xtask cluster down");
     on(machine, switch, |command| command.env(guard::MARK, NAME).process_group(0).spawn().context("spawn"))
 }
 

@@ -134,8 +134,11 @@ impl Cluster {
 }
 
 impl Machine {
+    /// Its first process, and not what has got that number since, as after a restart of this machine.
     fn running(&self) -> Result<u32> {
-        self.pid.with_context(|| format!("{} is switched off", self.name))
+        let pid = self.pid.with_context(|| format!("{} is switched off", self.name))?;
+        ensure!(guard::processes(NAME)?.contains(&pid), "{} has ended by itself: cargo xtask cluster down", self.name);
+        Ok(pid)
     }
 
     /// A command inside the machine: with its files, processes and network.

@@ -116,6 +116,11 @@ fn prepare_machine() -> Result<()> {
     ensure!(!folder.display().to_string().contains(char::is_whitespace), "{} has white space in it", folder.display());
     if !Path::new("/proc/sys/net/bridge").exists() {
         record::output(Command::new("modprobe").arg("br_netfilter"), "").context("modprobe br_netfilter")?;
+        // The kernel turns it on wherever it is loaded: this machine's own bridges do without.
+        for name in ["arptables", "ip6tables", "iptables"] {
+            let path = format!("/proc/sys/net/bridge/bridge-nf-call-{name}");
+            fs::write(&path, "0").with_context(|| format!("write 0 to {path}"))?;
+        }
     }
     Ok(())
 }

@@ -114,7 +114,7 @@ pub const NEEDS: &[Need] = &[
         what: What::Program("busybox"),
         packages: Some(["busybox-static", "busybox", "busybox"]),
         purpose: "the guests' own programs",
-        by: GUESTS,
+        by: &[For::Test, For::Vm, For::Cluster],
     },
     Need {
         what: What::Program("apt-get"),
@@ -177,6 +177,7 @@ pub const NEEDS: &[Need] = &[
         by: CLUSTER,
     },
     Need { what: What::Built(&tools::ETCD), packages: None, purpose: "keeps the clusters' objects", by: CLUSTER },
+    Need { what: What::Built(&tools::KINE), packages: None, purpose: "keeps them in SQLite", by: CLUSTER },
     Need { what: What::Built(&tools::KUBE_APISERVER), packages: None, purpose: "is Kubernetes", by: CLUSTER },
     Need { what: What::Built(&tools::KUBE_CONTROLLER_MANAGER), packages: None, purpose: "is Kubernetes", by: CLUSTER },
     Need { what: What::Built(&tools::KUBE_SCHEDULER), packages: None, purpose: "is Kubernetes", by: CLUSTER },
