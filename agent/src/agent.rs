@@ -255,6 +255,7 @@ impl Agent {
             Request::Drain => self.drain = true,
             Request::Undrain => self.drain = false,
         }
+        self.inform();
     }
 
     /// Takes over what the prober says; whether a pass is needed: routes carry path MTUs.
@@ -282,7 +283,8 @@ impl Agent {
     /// Tells whoever deals with the API server what is known.
     fn inform(&self) {
         let (Some(tell), Some((snapshot, view))) = (&self.office.tell, &self.view) else { return };
-        let known = Known::new(&node_name(&self.args), &snapshot.objects, &view.intent, self.report.as_ref());
+        let made = (&view.intent, &*view.rejected);
+        let known = Known::new(&node_name(&self.args), &snapshot.objects, made, self.report.as_ref(), self.drain);
         tell.send_if_modified(|before| {
             let news = *before != known;
             *before = known;

@@ -335,16 +335,32 @@ pub struct MeshGatewaySpec {
     pub public_key: String,
 }
 
-/// What a cluster made of the object. `Ready`: accepted and applied here; its reason says why not. `Connected`
-/// (MeshCluster only): the tunnels to that member answer.
+/// What this cluster made of the object. `Accepted`: nothing of it is refused. `Ready`: accepted, and in force here.
+/// `Stalled`: only a change makes it ready. `Connected` (MeshCluster only, and no part of `Ready`): a gateway of this
+/// cluster gets answers from one of that member.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("default" = waiting()))]
 pub struct ObjectStatus {
+    /// The generation of the spec that the conditions are about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
     /// The conditions, one of each type.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
+}
+
+/// What stands of an object that nobody has looked at yet: without it, tools take a new object for one that is ready.
+fn waiting() -> serde_json::Value {
+    let condition = |kind| {
+        serde_json::json!({
+            "type": kind, "status": "Unknown", "reason": "Pending", "message": "no gateway of this cluster has seen it yet",
+            "lastTransitionTime": "1970-01-01T00:00:00Z",
+        })
+    };
+    serde_json::json!({"conditions": [condition("Accepted"), condition("Ready")]})
 }
 
 /// How the gateway fares.

@@ -8,6 +8,7 @@
 //! is known who holds what, this node is what the API server says of it: an API server that is away changes nothing.
 
 mod api;
+mod statuses;
 mod task;
 #[cfg(test)]
 mod tests;
@@ -15,15 +16,18 @@ mod tests;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
     time::Duration,
 };
 
 pub use task::follow;
 
+use self::statuses::Statuses;
 use crate::{
-    api::{MeshGateway, MeshGatewaySpec, Objects},
-    health::{Life, Target},
-    intent::Intent,
+    api::{MeshGateway, MeshGatewaySpec, MeshGatewayStatus, Objects, ReachedMember},
+    conditions::{self, Saying, Subject},
+    health::{Alarm, Life, Target},
+    intent::{Intent, Rejection},
     keys::{PrivateKey, PublicKey},
     names::{MemberName, NodeName, Ordinal},
     probe::Report,
@@ -45,7 +49,7 @@ const KEY_AGAIN: Duration = Duration::from_secs(300);
 const WRITE_AGAIN: Duration = Duration::from_secs(10);
 
 /// What the agent knows of its cluster.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Known {
     /// What this node's label says.
     label: Option<String>,
@@ -60,16 +64,31 @@ pub struct Known {
     others: BTreeSet<Ordinal>,
     /// Those of them that do not answer probes.
     silent: BTreeSet<Ordinal>,
+    /// What the MeshGateways say of themselves.
+    reports: BTreeMap<Ordinal, MeshGatewayStatus>,
+    /// What this node would say of itself.
+    report: MeshGatewayStatus,
+    /// What is to be said of the mesh's objects.
+    sayings: Arc<BTreeMap<Subject, Saying>>,
 }
 
 impl Known {
-    /// `objects`: as the API server has them; `intent`: what they mean to this node.
-    pub fn new(me: &NodeName, objects: &Objects, intent: &Intent, report: Option<&Report>) -> Known {
-        let named = |gateway: &MeshGateway| {
+    /// `objects`: as the API server has them; `intent` and `rejected`: what they mean to this node; `drains`: it is asked to.
+    pub fn new(
+        me: &NodeName,
+        objects: &Objects,
+        (intent, rejected): (&Intent, &[Rejection]),
+        report: Option<&Report>,
+        drains: bool,
+    ) -> Known {
+        let named = |gateway: &'_ MeshGateway| {
             let ordinal = Ordinal::new(gateway.spec.ordinal)?;
-            (gateway.metadata.name.as_deref() == Some(&*ordinal.to_string())).then(|| (ordinal, gateway.spec.clone()))
+            (gateway.metadata.name.as_deref() == Some(&*ordinal.to_string())).then_some(ordinal)
         };
-        let gateways: BTreeMap<_, _> = objects.gateways.iter().filter_map(named).collect();
+        let named: Vec<_> = objects.gateways.iter().filter_map(|one| Some((named(one)?, one))).collect();
+        let gateways: BTreeMap<_, _> = named.iter().map(|(slot, gateway)| (*slot, gateway.spec.clone())).collect();
+        let reports: BTreeMap<_, _> =
+            named.iter().filter_map(|(slot, gateway)| Some((*slot, gateway.status.clone()?))).collect();
         let labels = objects.nodes.iter().filter_map(|node| {
             let label = node.metadata.labels.get(slot::LABEL)?;
             Some((node.metadata.name.parse::<NodeName>().ok()?, label.clone()))
@@ -81,17 +100,41 @@ impl Known {
             let seen = report.and_then(|report| report.seen.get(&Target::Own(**slot)));
             seen.is_some_and(|seen| seen.life != Life::Up)
         };
+        let silent: BTreeSet<Ordinal> = others.iter().filter(is_silent).copied().collect();
         let member = intent.members.get(&intent.me);
+        // A worker says nothing, so it need not know.
+        let speaking = if labels.contains_key(me) {
+            let heard = reports.iter().filter(|(slot, _)| !silent.contains(slot));
+            let heard = heard.map(|(slot, report)| (*slot, report.clone())).collect();
+            conditions::sayings(objects, rejected, &intent.me, &heard)
+        } else {
+            BTreeMap::default()
+        };
         Known {
             label: labels.get(me).cloned(),
             pinned: pinned(&labels, &gateways),
             hop: intent.addresses_of(me),
             named: member.map(|me| me.gateways.iter().map(|(slot, gateway)| (*slot, gateway.key)).collect()),
-            silent: others.iter().filter(is_silent).copied().collect(),
+            silent,
             others,
             gateways,
+            report: reported(intent, report, drains),
+            reports,
+            sayings: Arc::new(speaking),
         }
     }
+}
+
+/// What a gateway says of itself; when, is said when it is written.
+fn reported(intent: &Intent, report: Option<&Report>, drains: bool) -> MeshGatewayStatus {
+    let links = |id| {
+        let lost = report.is_none_or(|report| report.verdict.alarms.contains(&Alarm::NoWay(id)));
+        let reach = report.filter(|_| !lost).and_then(|report| report.verdict.reach.get(&id));
+        reach.map_or(0, |reach| reach.links.count_ones().into())
+    };
+    let others = intent.others().filter(|(_, member)| !member.gateways.is_empty());
+    let members = others.map(|(name, member)| ReachedMember { name: name.to_string(), gateways: links(member.id) });
+    MeshGatewayStatus { heartbeat: None, draining: Some(drains), members: members.collect() }
 }
 
 /// Of several nodes that are pinned to one slot, it is who holds it already, else the first by name.
@@ -162,7 +205,7 @@ impl Standing {
 }
 
 /// What to ask of the API server.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Ask {
     Leases,
     Write(slot::Write),
@@ -171,6 +214,10 @@ pub enum Ask {
     Apply(MeshGatewaySpec),
     /// Deletes what this node has written of a slot before it got another: a node holds one.
     Remove(Ordinal),
+    /// Of its MeshGateway: its status.
+    Report(Ordinal, MeshGatewayStatus),
+    /// Of an object of the mesh: its status, and the events that go with it.
+    Say(Subject, Saying),
 }
 
 /// What a failure keeps from being asked for a while.
@@ -179,6 +226,7 @@ enum About {
     Lease,
     Key,
     Object,
+    Status,
 }
 
 impl Ask {
@@ -187,6 +235,7 @@ impl Ask {
             Ask::Leases | Ask::Write(_) => About::Lease,
             Ask::Key(_) => About::Key,
             Ask::Apply(_) | Ask::Remove(_) => About::Object,
+            Ask::Report(..) | Ask::Say(..) => About::Status,
         }
     }
 }
@@ -232,6 +281,7 @@ pub struct Gateway {
     silent: BTreeMap<Ordinal, Duration>,
     /// MeshGateways, when they were last written.
     written: BTreeMap<Ordinal, Duration>,
+    statuses: Statuses,
     /// It would hold a slot, and none is free.
     waits: bool,
     failed: BTreeMap<About, (Duration, String)>,
@@ -253,6 +303,7 @@ impl Gateway {
             keys: None,
             silent: BTreeMap::new(),
             written: BTreeMap::new(),
+            statuses: Statuses::default(),
             waits: false,
             failed: BTreeMap::new(),
         }
@@ -264,6 +315,15 @@ impl Gateway {
             self.silent.entry(*slot).or_insert(now);
         }
         self.known = known;
+        self.learn();
+    }
+
+    fn learn(&mut self) {
+        let own = self.hold.filter(|slot| self.is_written(*slot)).map(|slot| {
+            let stands = self.known.reports.get(&slot).cloned().unwrap_or_default();
+            (self.known.report.clone(), stands)
+        });
+        self.statuses.know(own, &self.known.sayings);
     }
 
     /// Decides what this node holds, and what to ask next.
@@ -272,7 +332,7 @@ impl Gateway {
         if self.keys.as_ref().is_some_and(|keys| Some(keys.slot) != self.hold) {
             self.keys = None;
         }
-        let asks = [claim, self.key(now), self.object(now)];
+        let asks = [claim, self.key(now), self.object(now), self.status(now)];
         asks.into_iter().flatten().find(|ask| self.may(now, ask.about()))
     }
 
@@ -338,6 +398,13 @@ impl Gateway {
         (is_due(&hold) && self.known.gateways.get(&hold) != Some(&spec)).then_some(Ask::Apply(spec))
     }
 
+    fn status(&self, now: Duration) -> Option<Ask> {
+        let hold = self.hold?;
+        // Of the gateways that answer, the one with the lowest slot speaks for all.
+        let speaks = self.known.others.iter().all(|slot| *slot > hold || self.known.silent.contains(slot));
+        self.statuses.next(now, hold, speaks)
+    }
+
     /// The MeshGateway of this node; `None` while it holds none, or its key or addresses are not known.
     fn spec(&self) -> Option<MeshGatewaySpec> {
         let slot = self.hold?;
@@ -374,6 +441,8 @@ impl Gateway {
             (Ask::Remove(slot), Answer::Done) => {
                 self.written.insert(*slot, now);
             }
+            (Ask::Report(..), Answer::Done) => self.statuses.reported(now),
+            (Ask::Say(subject, _), Answer::Done) => self.statuses.said(now, subject),
             (ask, Answer::Failed(why)) => {
                 // It may have been taken all the same.
                 self.stale |= matches!(ask, Ask::Write(_));

@@ -17,6 +17,7 @@ pub mod keys;
 pub mod names;
 
 pub mod api;
+pub mod conditions;
 pub mod dial;
 pub mod facts;
 pub mod gateway;

@@ -7,22 +7,28 @@ use std::time::Duration;
 
 use k8s_openapi::{
     ByteString,
-    api::{coordination::v1::Lease, core::v1::Secret},
+    api::{
+        coordination::v1::Lease,
+        core::v1::{ObjectReference, Secret},
+    },
     apimachinery::pkg::apis::meta::v1::MicroTime,
     jiff::Timestamp,
 };
 use kube::{
     Api, Client, Error,
-    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions},
+    api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions},
+    runtime::events::{Event, EventType, Recorder, Reporter},
 };
 use serde_json::json;
 use tokio::time::timeout;
+use tracing::warn;
 use zeroize::Zeroize;
 
 use super::{Answer, Ask};
 use crate::{
     agent::with_cause,
-    api::{MeshGateway, MeshGatewaySpec},
+    api::{MeshGateway, MeshGatewaySpec, MeshGatewayStatus, ObjectStatus},
+    conditions::{News, Saying, Subject},
     keyring,
     keys::PrivateKey,
     names::{NodeName, Ordinal},
@@ -45,16 +51,21 @@ pub(super) struct Server {
     leases: Api<Lease>,
     secrets: Api<Secret>,
     gateways: Api<MeshGateway>,
+    events: Recorder,
+    client: Client,
 }
 
 impl Server {
     /// Leases and Secrets are those of the client's own namespace: the pod's, or that of the kubeconfig's context.
     pub(super) fn new(client: Client, me: NodeName) -> Server {
+        let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(me.to_string()) };
         Server {
             me,
+            events: Recorder::new(client.clone(), reporter),
             leases: Api::default_namespaced(client.clone()),
             secrets: Api::default_namespaced(client.clone()),
-            gateways: Api::all(client),
+            gateways: Api::all(client.clone()),
+            client,
         }
     }
 
@@ -66,6 +77,8 @@ impl Server {
                 Ask::Key(slot) => self.key(*slot).await,
                 Ask::Apply(spec) => self.apply(spec).await,
                 Ask::Remove(slot) => self.remove(*slot).await,
+                Ask::Report(slot, status) => self.report(*slot, status).await,
+                Ask::Say(subject, saying) => self.say(subject, saying).await,
             }
         };
         match timeout(PATIENCE, asked).await {
@@ -134,6 +147,32 @@ impl Server {
         Ok(Answer::Done)
     }
 
+    async fn report(&self, slot: Ordinal, status: &MeshGatewayStatus) -> Result<Answer, Error> {
+        let params = PatchParams::apply(MANAGER).force();
+        let status = reported(slot, status, Timestamp::now());
+        self.gateways.patch_status(&slot.to_string(), &params, &Patch::Apply(status)).await?;
+        Ok(Answer::Done)
+    }
+
+    /// What is gone, or was made anew meanwhile, has nothing said of it.
+    async fn say(&self, subject: &Subject, saying: &Saying) -> Result<Answer, Error> {
+        let Some(status) = saying.due(Timestamp::now()) else { return Ok(Answer::Done) };
+        let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &subject.kind.resource());
+        let params = PatchParams::apply(MANAGER).force();
+        match api.patch_status(&subject.name, &params, &Patch::Apply(said(subject, &status))).await {
+            Ok(_) => {}
+            Err(Error::Api(status)) if matches!(status.code, 404 | 409) => return Ok(Answer::Done),
+            Err(error) => return Err(error),
+        }
+        for news in saying.news() {
+            // The status holds it as well.
+            if let Err(error) = self.events.publish(&event(news), &reference(subject)).await {
+                warn!(kind = ?subject.kind, name = subject.name, "cannot write an event: {error}");
+            }
+        }
+        Ok(Answer::Done)
+    }
+
     /// Unless somebody else's by now.
     async fn remove(&self, slot: Ordinal) -> Result<Answer, Error> {
         let Some(there) = self.gateways.get_opt(&slot.to_string()).await? else { return Ok(Answer::Done) };
@@ -187,6 +226,49 @@ pub(super) fn applied(spec: &MeshGatewaySpec) -> serde_json::Value {
     })
 }
 
+/// The status of a MeshGateway, as it is applied.
+pub(super) fn reported(slot: Ordinal, status: &MeshGatewayStatus, now: Timestamp) -> serde_json::Value {
+    let status = MeshGatewayStatus { heartbeat: Some(now.strftime("%FT%TZ").to_string()), ..status.clone() };
+    json!({
+        "apiVersion": "carrick.dev/v1alpha1",
+        "kind": "MeshGateway",
+        "metadata": {"name": slot.to_string()},
+        "status": status,
+    })
+}
+
+/// The status of an object, as it is applied: of that object only, not of a later one.
+pub(super) fn said(subject: &Subject, status: &ObjectStatus) -> serde_json::Value {
+    let resource = subject.kind.resource();
+    json!({
+        "apiVersion": resource.api_version,
+        "kind": resource.kind,
+        "metadata": {"name": subject.name, "uid": subject.uid},
+        "status": status,
+    })
+}
+
+fn event(news: News) -> Event {
+    Event {
+        type_: if news.good { EventType::Normal } else { EventType::Warning },
+        reason: news.reason,
+        note: Some(news.note).filter(|note| !note.is_empty()),
+        action: news.about,
+        secondary: None,
+    }
+}
+
+fn reference(subject: &Subject) -> ObjectReference {
+    let resource = subject.kind.resource();
+    ObjectReference {
+        api_version: Some(resource.api_version),
+        kind: Some(resource.kind),
+        name: Some(subject.name.clone()),
+        uid: Some(subject.uid.clone()),
+        ..ObjectReference::default()
+    }
+}
+
 /// The keys of a Secret; `None`: there are none yet.
 pub(super) fn keys_of(secret: &Secret) -> Result<Option<Vec<PrivateKey>>, keyring::KeyFault> {
     match secret.data.as_ref().and_then(|data| data.get(ENTRY)) {
@@ -214,6 +296,8 @@ fn what(ask: &Ask) -> String {
         Ask::Key(slot) => format!("Secret {}", name(*slot)),
         Ask::Apply(spec) => format!("MeshGateway {}", spec.ordinal),
         Ask::Remove(slot) => format!("MeshGateway {slot}"),
+        Ask::Report(slot, _) => format!("status of MeshGateway {slot}"),
+        Ask::Say(subject, _) => format!("status of {:?} {}", subject.kind, subject.name),
     }
 }
 

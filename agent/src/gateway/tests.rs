@@ -55,6 +55,8 @@ fn shown(ask: &Ask) -> String {
         Ask::Key(slot) => format!("key of slot {slot}"),
         Ask::Apply(spec) => format!("MeshGateway {} {} {:?}", spec.ordinal, spec.node, spec.hop_addresses),
         Ask::Remove(slot) => format!("delete MeshGateway {slot}"),
+        Ask::Report(slot, _) => format!("status of MeshGateway {slot}"),
+        Ask::Say(subject, _) => format!("status of {}", subject.name),
     }
 }
 
@@ -96,6 +98,7 @@ impl World {
                 self.gateways.remove(slot);
                 Answer::Done
             }
+            Ask::Report(..) | Ask::Say(..) => Answer::Done,
         }
     }
 }
@@ -162,12 +165,22 @@ fn a_pinned_slot_has_no_lease() {
         World::default(),
         600,
         expect![[r#"
-        0 s: worker
-        0 s: key of slot 0
-        0 s: gateway 0 of 1 keys
-        0 s: MeshGateway 0 n1 ["192.0.2.1"]
-        300 s: key of slot 0
-    "#]],
+            0 s: worker
+            0 s: key of slot 0
+            0 s: gateway 0 of 1 keys
+            0 s: MeshGateway 0 n1 ["192.0.2.1"]
+            0 s: status of MeshGateway 0
+            60 s: status of MeshGateway 0
+            120 s: status of MeshGateway 0
+            180 s: status of MeshGateway 0
+            240 s: status of MeshGateway 0
+            300 s: key of slot 0
+            300 s: status of MeshGateway 0
+            360 s: status of MeshGateway 0
+            420 s: status of MeshGateway 0
+            480 s: status of MeshGateway 0
+            540 s: status of MeshGateway 0
+        "#]],
     );
 }
 
@@ -198,9 +211,11 @@ fn a_slot_by_lease() {
             0 s: key of slot 0
             0 s: gateway 0 of 1 keys
             0 s: MeshGateway 0 n1 ["192.0.2.1"]
+            0 s: status of MeshGateway 0
             20 s: Lease 0 to n1 over 1
             40 s: Lease 0 to n1 over 2
             60 s: Lease 0 to n1 over 3
+            60 s: status of MeshGateway 0
         "#]],
     );
 }
@@ -245,6 +260,7 @@ fn a_holder_that_is_silent_is_succeeded() {
             60 s: key of slot 1
             60 s: gateway 1 of 1 keys
             60 s: MeshGateway 1 n1 ["192.0.2.1"]
+            60 s: status of MeshGateway 1
         "#]],
     );
 }
@@ -262,6 +278,7 @@ fn another_slot_another_key() {
         0 s: key of slot 0
         0 s: gateway 0 of 1 keys
         0 s: MeshGateway 0 n1 ["192.0.2.1"]
+        0 s: status of MeshGateway 0
         20 s: worker
         20 s: key of slot 1
         20 s: gateway 1 of 1 keys
@@ -274,6 +291,7 @@ fn another_slot_another_key() {
         60 s: gateway 0 of 1 keys
         60 s: delete MeshGateway 1
         60 s: MeshGateway 0 n1 ["192.0.2.1"]
+        60 s: status of MeshGateway 0
         80 s: Lease 0 to n1 over 1
         100 s: worker
         100 s: Lease 0 to nobody over 2
@@ -289,12 +307,13 @@ fn without_its_mesh_cluster_the_key_is_told() {
         World::default(),
         5,
         expect![[r#"
-        0 s: worker
-        0 s: key of slot 0
-        0 s: gateway 0 of 1 keys
-            NotInMesh: there is no MeshCluster mn: add it to the mesh's folder, with gateways: [{ordinal: 0, publicKey: pOCSkrZRwni5dyxWn1+puxPZBrRqtoyd+dwrRAn4ogk=}]
-        0 s: MeshGateway 0 n1 ["192.0.2.1"]
-    "#]],
+            0 s: worker
+            0 s: key of slot 0
+            0 s: gateway 0 of 1 keys
+                NotInMesh: there is no MeshCluster mn: add it to the mesh's folder, with gateways: [{ordinal: 0, publicKey: pOCSkrZRwni5dyxWn1+puxPZBrRqtoyd+dwrRAn4ogk=}]
+            0 s: MeshGateway 0 n1 ["192.0.2.1"]
+            0 s: status of MeshGateway 0
+        "#]],
     );
 }
 
