@@ -70,7 +70,7 @@ fn immutable() -> Rule {
 }
 
 /// The typed objects of one snapshot.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Objects {
     pub clusters: Vec<MeshCluster>,
     pub advertisements: Vec<RouteAdvertisement>,

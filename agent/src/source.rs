@@ -5,6 +5,7 @@
 //! the same snapshot in whatever order they were written.
 
 mod folder;
+mod kept;
 mod kube;
 mod manifest;
 mod store;
