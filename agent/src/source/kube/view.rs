@@ -2,14 +2,15 @@
 //!
 //! Invariants: there is no snapshot until our four kinds have been listed whole, and this node's own Node is known. From
 //! then on there always is one. What is told of one kind changes nothing about another, so the order between kinds does
-//! not matter.
+//! not matter. And it is not complete before MeshClusters have been known: to an agent that has just started, an API server
+//! on an empty store looks like a mesh without members, and one that is being filled again like a small mesh.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use super::watch::{Heard, Trouble};
 use crate::{
     api::{EgressPolicy, MeshCluster, MeshGateway, Objects, RouteAdvertisement, v1},
-    slot,
+    slot::{self, Wish},
     source::{
         NotSynced, Problem, Snapshot,
         store::{Event, GRACE, Store},
@@ -19,6 +20,8 @@ use crate::{
 /// Names told of what a doubted list lacks.
 const MAX_NAMES: usize = 5;
 const STANDS: &str = "what it said before stays in force";
+/// How long nothing must change before what an empty API server has been filled with is taken for the whole.
+const FILLED: Duration = Duration::from_secs(30);
 
 /// What one watch tells.
 #[derive(Clone, Debug)]
@@ -49,7 +52,7 @@ struct Kind<T> {
     trouble: Option<Trouble>,
 }
 
-impl<T: Clone> Kind<T> {
+impl<T: Clone + PartialEq> Kind<T> {
     fn new(name: &'static str) -> Kind<T> {
         Kind { name, store: Store::default(), trouble: None }
     }
@@ -143,8 +146,40 @@ impl Trouble {
     /// With the remedy.
     fn told(&self) -> &str {
         match self {
-            Trouble::NotServed => "the API server does not have this kind: install the chart's CRDs",
+            Trouble::NotServed => {
+                "the API server does not have this kind, or is about to lose it: install the chart's CRDs"
+            }
             Trouble::Other(why) => why,
+        }
+    }
+}
+
+/// Whether all that there is can be known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mesh {
+    /// Since this start there has been no MeshCluster.
+    Empty,
+    /// At this start there was none; then they came, one by one.
+    Filling {
+        until: Duration,
+    },
+    Known,
+}
+
+impl Mesh {
+    /// Why nothing can be taken away, and what to do.
+    fn problem(self) -> Option<String> {
+        match self {
+            Mesh::Empty => Some(
+                "there is none, nor has there been one since this start: nothing is taken away. Apply the mesh's \
+                 manifests; a node that is to leave it, `carrick cleanup` clears"
+                    .to_owned(),
+            ),
+            Mesh::Filling { .. } => Some(format!(
+                "there was none at this start: nothing is taken away until what is applied now has not changed for {} s",
+                FILLED.as_secs()
+            )),
+            Mesh::Known => None,
         }
     }
 }
@@ -154,6 +189,7 @@ pub(super) struct View {
     host: String,
     me: Option<String>,
     clusters: Kind<MeshCluster>,
+    mesh: Mesh,
     advertisements: Kind<RouteAdvertisement>,
     policies: Kind<EgressPolicy>,
     gateways: Kind<MeshGateway>,
@@ -172,6 +208,7 @@ impl View {
             host,
             me,
             clusters: Kind::new("MeshClusters"),
+            mesh: Mesh::Empty,
             advertisements: Kind::new("RouteAdvertisements"),
             policies: Kind::new("EgressPolicies"),
             gateways: Kind::new("MeshGateways"),
@@ -192,7 +229,8 @@ impl View {
 
     /// Returns whether anything is different.
     pub(super) fn hear(&mut self, now: Duration, told: Told) -> bool {
-        match told {
+        let first = !self.clusters.store.is_synced();
+        let news = match told {
             Told::Clusters(heard) => self.clusters.hear(now, heard),
             Told::Advertisements(heard) => self.advertisements.hear(now, heard),
             Told::Policies(heard) => self.policies.hear(now, heard),
@@ -202,32 +240,47 @@ impl View {
                 if let Some(own) = self.own.objects().next() {
                     self.last_own = Some(own.clone());
                 }
-                news
+                return news;
             }
-            Told::Nodes(generation, heard) => generation == self.generation && self.nodes.hear(now, heard),
-        }
+            Told::Nodes(generation, heard) => return generation == self.generation && self.nodes.hear(now, heard),
+        };
+        let any = self.clusters.objects().next().is_some();
+        self.mesh = match self.mesh {
+            Mesh::Empty if any && first => Mesh::Known,
+            Mesh::Empty if any => Mesh::Filling { until: now + FILLED },
+            Mesh::Filling { .. } if news => Mesh::Filling { until: now + FILLED },
+            mesh => mesh,
+        };
+        news
     }
 
-    /// Lets go of what was doubted for long enough.
-    pub(super) fn tick(&mut self, now: Duration) {
-        self.clusters.store.tick(now);
-        self.advertisements.store.tick(now);
-        self.policies.store.tick(now);
-        self.gateways.store.tick(now);
-        self.own.store.tick(now);
-        self.nodes.store.tick(now);
+    /// Lets go of what was doubted for long enough, and of the doubt in what has been filled. Returns whether anything is different.
+    pub(super) fn tick(&mut self, now: Duration) -> bool {
+        let mut changed = self.clusters.store.tick(now);
+        changed |= self.advertisements.store.tick(now);
+        changed |= self.policies.store.tick(now);
+        changed |= self.gateways.store.tick(now);
+        changed |= self.own.store.tick(now);
+        changed |= self.nodes.store.tick(now);
+        let filled = matches!(self.mesh, Mesh::Filling { until } if until <= now);
+        if filled {
+            self.mesh = Mesh::Known;
+        }
+        changed || filled
     }
 
     /// When [`View::tick`] has something to do next.
     pub(super) fn next(&self) -> Option<Duration> {
         let ours = [self.clusters.store.next(), self.advertisements.store.next(), self.policies.store.next()];
         let nodes = [self.gateways.store.next(), self.own.store.next(), self.nodes.store.next()];
-        ours.into_iter().chain(nodes).flatten().min()
+        let filled = if let Mesh::Filling { until } = self.mesh { Some(until) } else { None };
+        ours.into_iter().chain(nodes).chain([filled]).flatten().min()
     }
 
     /// Whether all Nodes are to be watched.
     pub(super) fn wants_nodes(&self) -> bool {
-        let gateway = |own: &v1::Node| own.metadata.labels.contains_key(slot::LABEL);
+        let label = |own: &v1::Node| own.metadata.labels.get(slot::LABEL).cloned();
+        let gateway = |own| Wish::of(label(own).as_deref()).is_ok_and(|wish| wish != Wish::Worker);
         self.me.is_none() || self.last_own.as_ref().is_some_and(gateway)
     }
 
@@ -253,6 +306,7 @@ impl View {
         let (nodes, nodes_are_complete) = self.nodes();
         let ours = self.clusters.is_complete() && self.advertisements.is_complete() && self.policies.is_complete();
         let mut problems: Vec<Problem> = self.clusters.problems(&self.host).collect();
+        problems.extend(self.mesh.problem().map(|why| problem(format!("{} {}", self.host, self.clusters.name), why)));
         problems.extend(self.advertisements.problems(&self.host));
         problems.extend(self.policies.problems(&self.host));
         problems.extend(self.gateways.problems(&self.host));
@@ -272,7 +326,7 @@ impl View {
             nodes,
             pods: Vec::new(),
         };
-        let complete = ours && self.gateways.is_complete() && nodes_are_complete;
+        let complete = ours && self.mesh == Mesh::Known && self.gateways.is_complete() && nodes_are_complete;
         Ok(Snapshot { objects, complete, problems })
     }
 

@@ -100,8 +100,8 @@ fn a_half_synced_view_says_what_it_waits_for() {
     check(
         &view,
         expect![[r#"
-        not synced: https://api: RouteAdvertisements, MeshGateways: not listed yet; EgressPolicies: the API server does not have this kind: install the chart's CRDs; there is no usable Node w1: name this node as its Node is, with --node-name
-    "#]],
+            not synced: https://api: RouteAdvertisements, MeshGateways: not listed yet; EgressPolicies: the API server does not have this kind, or is about to lose it: install the chart's CRDs; there is no usable Node w1: name this node as its Node is, with --node-name
+        "#]],
     );
 }
 
@@ -117,6 +117,44 @@ fn a_worker_knows_the_nodes_of_gateways_by_what_these_say() {
         Node w1 192.0.2.9
     "#]],
     );
+}
+
+#[test]
+fn an_agent_that_starts_on_an_empty_store_takes_nothing_away() {
+    let mut view = View::new("https://api".to_owned(), Some("w1".to_owned()));
+    tell(&mut view, Told::Clusters, list(&[]));
+    tell(&mut view, Told::Advertisements, list(&[]));
+    tell(&mut view, Told::Policies, list(&[]));
+    tell(&mut view, Told::Gateways, list(&[]));
+    tell(&mut view, Told::OwnNode, list(&[node("w1", "192.0.2.9", &[])]));
+    let empty = rendered(&view);
+    // Somebody applies the folder: one object after the other.
+    let at = Duration::from_secs;
+    view.hear(at(100), Told::Clusters(set(cluster("mn", 1))));
+    view.hear(at(129), Told::Advertisements(set(advertisement("mn"))));
+    // A Node is no part of it.
+    view.hear(at(158), Told::OwnNode(set(node("w1", "192.0.2.8", &[]))));
+    view.tick(at(158));
+    let filling = rendered(&view);
+    assert_eq!(view.next(), Some(at(159)));
+    assert!(view.tick(at(159)));
+    let filled = rendered(&view);
+    view.hear(at(200), Told::Clusters(Heard::Event(Event::Deleted("mn".to_owned()))));
+    let deleted = rendered(&view);
+    expect![[r#"
+        incomplete
+        Node w1 192.0.2.9
+        https://api MeshClusters: there is none, nor has there been one since this start: nothing is taken away. Apply the mesh's manifests; a node that is to leave it, `carrick cleanup` clears
+        incomplete
+        MeshCluster mn 1
+        Node w1 192.0.2.8
+        https://api MeshClusters: there was none at this start: nothing is taken away until what is applied now has not changed for 30 s
+        complete
+        MeshCluster mn 1
+        Node w1 192.0.2.8
+        complete
+        Node w1 192.0.2.8
+    "#]].assert_eq(&format!("{empty}{filling}{filled}{deleted}"));
 }
 
 #[test]
@@ -153,6 +191,17 @@ fn a_gateway_watches_all_nodes_for_as_long_as_its_own_says_so() {
         Node w1 192.0.2.9
     "#]]
     .assert_eq(&format!("{before}{after}{ended}"));
+}
+
+#[test]
+fn a_label_that_names_no_slot_makes_no_gateway() {
+    let mut view = synced();
+    for (label, gateway) in [("0", true), ("7", true), ("auto", true), ("8", false), ("", false), ("gateway", false)] {
+        let (name, mut own) = node("w1", "192.0.2.9", &[]);
+        own.as_mut().unwrap().metadata.labels.insert(slot::LABEL.to_owned(), label.to_owned());
+        view.hear(Duration::ZERO, Told::OwnNode(set((name, own))));
+        assert_eq!(view.wants_nodes(), gateway, "{label:?}");
+    }
 }
 
 #[test]
@@ -220,7 +269,7 @@ fn a_kind_that_is_lost_stays_and_comes_back() {
         MeshCluster va 2
         Node g1 192.0.2.1
         Node w1 192.0.2.9
-        https://api MeshClusters: the API server does not have this kind: install the chart's CRDs (what it said before stays in force)
+        https://api MeshClusters: the API server does not have this kind, or is about to lose it: install the chart's CRDs (what it said before stays in force)
         incomplete
         MeshCluster mn 1
         MeshCluster va 2
@@ -315,6 +364,31 @@ proptest! {
             let changed = view.hear(Duration::ZERO, told);
             prop_assert!(before.is_err() || view.snapshot().is_ok());
             prop_assert!(changed || before == view.snapshot());
+        }
+    }
+
+    #[test]
+    fn what_fills_an_empty_mesh_is_the_whole_once_nothing_has_changed_for_a_while(
+        news in vec((told(), 0..40u64), 0..30),
+    ) {
+        let mut view = View::new(String::new(), Some("w1".to_owned()));
+        tell(&mut view, Told::Clusters, list(&[]));
+        let (mut now, mut since) = (Duration::ZERO, None);
+        for (told, wait) in news {
+            for told in told {
+                let ours = !matches!(told, Told::OwnNode(_));
+                let changed = view.hear(now, told) && ours;
+                let known = view.clusters.objects().next().is_some();
+                since = if (since.is_some() && changed) || (since.is_none() && known) { Some(now) } else { since };
+            }
+            now += Duration::from_secs(wait);
+            view.tick(now);
+            // From then on what is told is believed.
+            if since.is_some_and(|since| since + FILLED <= now) {
+                prop_assert_eq!(view.mesh, Mesh::Known);
+                return Ok(());
+            }
+            prop_assert!(!view.snapshot().is_ok_and(|snapshot| snapshot.complete));
         }
     }
 
