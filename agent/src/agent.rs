@@ -430,6 +430,7 @@ impl Agent {
         });
         Status {
             synced: true,
+            last_known_good_age_seconds: self.kept_since().map(|age| age.as_secs()),
             ready: survey.complete && survey.rejected.is_empty() && failures.is_empty() && outcome.withheld == 0,
             connected: !members.is_empty() && members.iter().all(|member| member.reached),
             slot,
@@ -448,6 +449,10 @@ impl Agent {
             withheld: outcome.withheld,
             ..self.blank()
         }
+    }
+
+    fn kept_since(&self) -> Option<Duration> {
+        self.args.api.kube.then(|| source::age(&self.args.state.state_dir))?
     }
 
     /// Logs what is new since the last pass: trouble as it comes, and when it is gone.

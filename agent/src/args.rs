@@ -1,6 +1,9 @@
 //! The command line: the only reader of flags and environment.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use ipnetwork::IpNetwork;
@@ -106,14 +109,24 @@ pub struct Node {
     #[arg(long, value_name = "N", default_value_t = ebpf::SLOTS, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub gateway_slots: u8,
     #[command(flatten)]
+    pub state: StateDir,
+    #[command(flatten)]
     pub backend: Backend,
 }
 
 impl Node {
     /// Where the objects are. `name`: the node whose view it is.
     pub fn origin(&self, name: NodeName) -> Origin {
-        self.api.or_folders(&self.config_dirs, Some(name))
+        self.api.or_folders(&self.config_dirs, Some(name), Some(&self.state.state_dir))
     }
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct StateDir {
+    /// With `--kube`: the folder (0700) in which what the API server said last outlives the agent and a boot, so that a
+    /// start while it is away forwards. No private key is in it.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/carrick")]
+    pub state_dir: PathBuf,
 }
 
 /// Kubernetes as the source of the objects.
@@ -128,14 +141,13 @@ pub struct Api {
 }
 
 impl Api {
-    fn or_folders(&self, dirs: &[PathBuf], node: Option<NodeName>) -> Origin {
-        match self.kube {
-            // An empty variable is none, as to `kubectl`.
-            true => {
-                Origin::Kube(Server { kubeconfig: self.kubeconfig.clone().filter(|paths| !paths.is_empty()), node })
-            }
-            false => Origin::Folders(dirs.to_vec()),
+    /// `keep`: where what is followed is kept.
+    fn or_folders(&self, dirs: &[PathBuf], node: Option<NodeName>, keep: Option<&Path>) -> Origin {
+        if !self.kube {
+            return Origin::Folders(dirs.to_vec());
         }
+        let kubeconfig = self.kubeconfig.clone().filter(|paths| !paths.is_empty());
+        Origin::Kube(Server { kubeconfig, node, keep: keep.map(Path::to_owned) })
     }
 }
 
@@ -285,7 +297,7 @@ pub struct Validate {
 impl Validate {
     /// Where the objects are.
     pub fn origin(&self) -> Origin {
-        self.api.or_folders(&self.dirs, None)
+        self.api.or_folders(&self.dirs, None, None)
     }
 }
 
@@ -297,6 +309,8 @@ pub struct Cleanup {
     /// Once everything is removed, stays until it is signalled: a container that ended would be started again.
     #[arg(long, conflicts_with = "dry_run")]
     pub wait: bool,
+    #[command(flatten)]
+    pub state: StateDir,
     #[command(flatten)]
     pub backend: Backend,
 }
@@ -345,7 +359,7 @@ mod tests {
     fn an_empty_kubeconfig_is_none() {
         for (given, used) in [(None, None), (Some(""), None), (Some("k"), Some("k"))] {
             let api = Api { kube: true, kubeconfig: given.map(OsString::from) };
-            let Origin::Kube(server) = api.or_folders(&[], None) else { panic!("--kube is no folder") };
+            let Origin::Kube(server) = api.or_folders(&[], None, None) else { panic!("--kube is no folder") };
             assert_eq!(server.kubeconfig, used.map(OsString::from));
         }
     }

@@ -20,6 +20,7 @@ use tokio::sync::watch::{Receiver, Sender};
 
 pub use self::{
     folder::Folder,
+    kept::{age, forget},
     kube::{ConnectError, LOG_CAPS, Server},
 };
 use crate::api::Objects;

@@ -19,6 +19,9 @@ pub struct Status {
     pub synced: bool,
     /// Everything that is written was read, and this node has all of it in its kernel.
     pub ready: bool,
+    /// With `--kube`: seconds since the API server said something else than before. So old is what an agent that starts
+    /// without it begins with; `None`: nothing is kept.
+    pub last_known_good_age_seconds: Option<u64>,
     /// There are other members, and this node has a way to each of them.
     pub connected: bool,
     /// The slot that this node holds; `None`: a worker.

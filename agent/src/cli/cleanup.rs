@@ -12,6 +12,7 @@ use crate::{
     names::Device,
     reconcile::{Kernel, Layer},
     run_dir::Lock,
+    source,
     state::{Op, State},
     status_socket,
     tunnel::{self, TunnelOptions, client::Client},
@@ -39,6 +40,7 @@ pub(super) async fn run(args: args::Cleanup, shutdown: impl Future<Output = ()>)
         remaining += usize::from(!done(&operation, kernel.apply(&operation).await));
     }
     remaining += remove_files(run_dir, lock);
+    remaining += forget(&args.state.state_dir);
     if args.wait && remaining == 0 {
         println!("nothing of Carrick's is left in the kernel: this waits to be ended");
         shutdown.await;
@@ -71,6 +73,15 @@ fn remove_files(run_dir: &Path, agent: Lock) -> usize {
     // Not if something is in it, as the socket of a tunnel that runs.
     if fs::read_dir(run_dir).is_ok_and(|mut entries| entries.next().is_none()) {
         all.push(remove_folder(run_dir));
+    }
+    all.into_iter().filter(|gone| !gone).count()
+}
+
+/// Takes away what was kept for the next start, and the folder; how many of these would not go.
+fn forget(state_dir: &Path) -> usize {
+    let mut all = vec![gone(state_dir, source::forget(state_dir))];
+    if fs::read_dir(state_dir).is_ok_and(|mut entries| entries.next().is_none()) {
+        all.push(remove_folder(state_dir));
     }
     all.into_iter().filter(|gone| !gone).count()
 }

@@ -8,6 +8,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use k8s_openapi::jiff::Timestamp;
@@ -64,6 +65,22 @@ pub(super) fn write(dir: &Path, kept: &Kept) -> Result<(), KeepError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
 }
 
+/// Removes what is kept, if anything is.
+pub fn forget(dir: &Path) -> io::Result<()> {
+    for file in [FILE, DRAFT] {
+        match fs::remove_file(dir.join(file)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// How long ago the API server last said something else; `None`: nothing is kept.
+pub fn age(dir: &Path) -> Option<Duration> {
+    fs::metadata(dir.join(FILE)).ok()?.modified().ok()?.elapsed().ok()
+}
+
 fn at(path: &Path) -> impl FnOnce(io::Error) -> KeepError {
     |source| KeepError { path: path.to_owned(), source }
 }
@@ -103,6 +120,9 @@ mod tests {
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&dir), mode(&dir.join(FILE))), (0o700, 0o600));
         assert!(!dir.join(DRAFT).exists());
+        forget(&dir).unwrap();
+        forget(&dir).unwrap();
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
     }
 
     #[test]

@@ -6,11 +6,12 @@
 //! Invariant: an API server that is away, refuses, starts anew or loses its CRDs takes nothing from the snapshot.
 
 mod connect;
+mod keeper;
 mod prune;
 mod view;
 mod watch;
 
-use std::{ffi::OsString, panic::resume_unwind, time::Duration};
+use std::{ffi::OsString, panic::resume_unwind, path::PathBuf, time::Duration};
 
 use kube::{
     Api, Client,
@@ -28,6 +29,7 @@ use tokio::{
 
 pub use self::connect::ConnectError;
 use self::{
+    keeper::Keeper,
     view::{Told, View},
     watch::{Kind, Watch},
 };
@@ -46,6 +48,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const SECOND_TRY: Duration = Duration::from_secs(3);
 /// What tasks have told and nobody has heard yet: beyond it they wait, and with them the API server.
 const UNHEARD: usize = 256;
+/// How long the API server has to say how things stand, before what it said last is in force.
+const RECALL: Duration = Duration::from_secs(2);
 /// A wait that never ends.
 const NEVER: Duration = Duration::from_secs(1 << 32);
 
@@ -56,6 +60,8 @@ pub struct Server {
     pub kubeconfig: Option<OsString>,
     /// The node whose view it is; `None`: all Nodes, and none of them is needed.
     pub node: Option<NodeName>,
+    /// Where what it says is kept for the next start, when it is followed; `None`: nowhere.
+    pub keep: Option<PathBuf>,
 }
 
 impl Server {
@@ -67,13 +73,17 @@ impl Server {
 
 pub(super) async fn follow(server: &Server) -> Result<Receiver<Followed>, ConnectError> {
     let (client, mut view) = start(server).await?;
+    let mut keeper = Keeper::new(server.keep.clone(), view.me().map(str::to_owned));
+    if let Some(kept) = keeper.recall() {
+        view.recall(kept);
+    }
     let why = "nothing has been listed yet".to_owned();
     let (sender, receiver) = channel(Err(NotSynced { place: view.host().to_owned(), why }));
     tokio::spawn(async move {
         let mut watches = Watches::new(client);
         tokio::select! {
             () = sender.closed() => {}
-            () = run(&mut view, &mut watches, &sender) => {}
+            () = run(&mut view, &mut watches, &mut keeper, &sender) => {}
         }
     });
     Ok(receiver)
@@ -101,17 +111,26 @@ async fn start(server: &Server) -> Result<(Client, View), ConnectError> {
     Ok((client, View::new(host, server.node.as_ref().map(ToString::to_string))))
 }
 
-async fn run(view: &mut View, watches: &mut Watches, sender: &Sender<Followed>) {
+async fn run(view: &mut View, watches: &mut Watches, keeper: &mut Keeper, sender: &Sender<Followed>) {
     let began = Instant::now();
     let (mut settled, mut changed) = (false, true);
     loop {
         changed |= watches.follow_nodes(view);
-        settled |= view.is_settled();
+        settled |= view.is_settled() || (view.recalls() && began.elapsed() >= RECALL);
         if settled && std::mem::take(&mut changed) {
-            publish(view.snapshot(), sender);
+            let mut snapshot = view.snapshot();
+            if let Ok(snapshot) = &mut snapshot {
+                snapshot.problems.extend(keeper.problem());
+            }
+            publish(snapshot, sender);
+            if let (Ok(snapshot), false) = (&*sender.borrow(), view.recalls()) {
+                keeper.note(snapshot);
+            }
         }
         let due = began + view.next().unwrap_or(NEVER);
         tokio::select! {
+            () = sleep_until(began + RECALL), if !settled => {}
+            () = keeper.keep() => changed = true,
             told = watches.next() => {
                 changed |= view.hear(began.elapsed(), told);
                 // A list tells of each object on its own, and of many there is one snapshot.

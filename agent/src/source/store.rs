@@ -100,6 +100,11 @@ impl<T> Store<T> {
         doubted.len() != before
     }
 
+    /// What stood before anything was heard here: a list without most of it is doubted as any other.
+    pub fn recall(&mut self, objects: impl IntoIterator<Item = (String, T)>) {
+        self.standing = objects.into_iter().collect();
+    }
+
     /// When [`Store::tick`] has something to do next.
     pub fn next(&self) -> Option<Duration> {
         self.doubted.values().min().map(|since| *since + GRACE)

@@ -1,9 +1,9 @@
 //! From the API server's objects to what the agent uses of them. All else is dropped as it comes, and a change to it is
-//! no news: heartbeats, conditions, managed fields.
+//! no news: heartbeats, a Node's conditions, managed fields.
 
 use kube::core::{DeserializeGuard, Object, ObjectMeta};
 
-use crate::api::{EgressPolicy, MeshCluster, MeshGateway, RouteAdvertisement, v1};
+use crate::api::{EgressPolicy, MeshCluster, MeshGateway, MeshGatewayStatus, RouteAdvertisement, v1};
 
 /// The labels that are kept of a Node.
 const OUR_LABELS: &str = "carrick.dev/";
@@ -29,13 +29,22 @@ macro_rules! prune_ours {
             type Pruned = $kind;
 
             fn prune(self) -> $kind {
-                $kind { metadata: named(self.metadata), spec: self.spec, status: None }
+                $kind { metadata: named(self.metadata), spec: self.spec, status: self.status }
             }
         }
     )*};
 }
 
-prune_ours!(MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway);
+prune_ours!(MeshCluster, RouteAdvertisement, EgressPolicy);
+
+impl Prune for MeshGateway {
+    type Pruned = MeshGateway;
+
+    fn prune(self) -> MeshGateway {
+        let status = self.status.map(|status| MeshGatewayStatus { heartbeat: None, ..status });
+        MeshGateway { metadata: named(self.metadata), spec: self.spec, status }
+    }
+}
 
 impl Prune for KubeNode {
     type Pruned = v1::Node;
@@ -118,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn of_our_kinds_the_spec_is_kept_and_what_names_the_object() {
+    fn of_our_kinds_spec_and_status_are_kept_and_what_names_the_object() {
         let cluster = json!({
             "apiVersion": "carrick.dev/v1alpha1", "kind": "MeshCluster",
             "metadata": {
@@ -126,7 +135,7 @@ mod tests {
                 "managedFields": [{"manager": "kubectl", "fieldsV1": {}}],
             },
             "spec": {"id": 1, "allowedCIDRs": ["10.42.0.0/16"]},
-            "status": {"conditions": []},
+            "status": {"conditions": [], "observedGeneration": 2},
         });
         let read = serde_json::from_value::<DeserializeGuard<MeshCluster>>(cluster).unwrap();
         let kept = serde_json::to_value(opened(read).unwrap()).unwrap();
@@ -134,6 +143,7 @@ mod tests {
             "apiVersion": "carrick.dev/v1alpha1", "kind": "MeshCluster",
             "metadata": {"name": "mn", "uid": "u", "generation": 3},
             "spec": {"id": 1, "allowedCIDRs": ["10.42.0.0/16"]},
+            "status": {"observedGeneration": 2},
         });
         assert_eq!(kept, expected);
     }

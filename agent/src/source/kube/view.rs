@@ -7,12 +7,15 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use k8s_openapi::jiff::Timestamp;
+
 use super::watch::{Heard, Trouble};
 use crate::{
     api::{EgressPolicy, MeshCluster, MeshGateway, Objects, RouteAdvertisement, v1},
     slot::{self, Wish},
     source::{
         NotSynced, Problem, Snapshot,
+        kept::Kept,
         store::{Event, GRACE, Store},
     },
 };
@@ -50,11 +53,13 @@ struct Kind<T> {
     name: &'static str,
     store: Store<Known<T>>,
     trouble: Option<Trouble>,
+    /// What was known before this start stands until it is heard.
+    recalled: bool,
 }
 
 impl<T: Clone + PartialEq> Kind<T> {
     fn new(name: &'static str) -> Kind<T> {
-        Kind { name, store: Store::default(), trouble: None }
+        Kind { name, store: Store::default(), trouble: None, recalled: false }
     }
 
     /// Returns whether anything is different.
@@ -87,6 +92,17 @@ impl<T: Clone + PartialEq> Kind<T> {
         }
     }
 
+    fn recall(&mut self, objects: Vec<T>, name: impl Fn(&T) -> Option<String>) {
+        let known = |object: T| Some((name(&object)?, Known { good: Some(object), flaw: None }));
+        self.store.recall(objects.into_iter().filter_map(known));
+        self.recalled = true;
+    }
+
+    /// Whether something stands, be it that there is nothing.
+    fn stands(&self) -> bool {
+        self.recalled || self.store.is_synced()
+    }
+
     /// Whether its watch has said something, be it that it cannot.
     fn is_settled(&self) -> bool {
         self.store.is_synced() || self.trouble.is_some()
@@ -104,11 +120,11 @@ impl<T: Clone + PartialEq> Kind<T> {
     /// Why it has not been listed.
     fn missing(&self) -> Option<(&str, &'static str)> {
         let why = self.trouble.as_ref().map_or("not listed yet", Trouble::told);
-        (!self.store.is_synced()).then_some((why, self.name))
+        (!self.stands()).then_some((why, self.name))
     }
 
     fn problems<'a>(&'a self, host: &'a str) -> impl Iterator<Item = Problem> + 'a {
-        let stands = if self.store.is_synced() { format!(" ({STANDS})") } else { String::new() };
+        let stands = if self.stands() { format!(" ({STANDS})") } else { String::new() };
         let trouble = self.trouble.iter().map(move |trouble| match trouble {
             Trouble::NotServed => problem(format!("{host} {}", self.name), format!("{}{stands}", trouble.told())),
             // Of the API server as a whole, more often than not: then every kind says the same.
@@ -199,6 +215,8 @@ pub(super) struct View {
     nodes: Kind<v1::Node>,
     /// Of which watch of all Nodes is heard.
     generation: u64,
+    /// From when it is what was known before this start.
+    recalled: Option<Timestamp>,
 }
 
 impl View {
@@ -216,7 +234,35 @@ impl View {
             last_own: None,
             nodes: Kind::new("Nodes"),
             generation: 0,
+            recalled: None,
         }
+    }
+
+    /// Takes over what was known before this start, if it is the same node's view.
+    pub(super) fn recall(&mut self, kept: Kept) {
+        if kept.node != self.me {
+            return;
+        }
+        let Objects { clusters, advertisements, policies, gateways, nodes, .. } = kept.objects;
+        let is_own = |node: &&v1::Node| Some(&node.metadata.name) == self.me.as_ref();
+        self.last_own = nodes.iter().find(is_own).cloned();
+        self.own.recall(self.last_own.iter().cloned().collect(), |node| Some(node.metadata.name.clone()));
+        self.nodes.recall(nodes, |node| Some(node.metadata.name.clone()));
+        if !clusters.is_empty() {
+            self.mesh = Mesh::Known;
+        }
+        self.clusters.recall(clusters, |one| one.metadata.name.clone());
+        self.advertisements.recall(advertisements, |one| one.metadata.name.clone());
+        self.policies.recall(policies, |one| one.metadata.name.clone());
+        self.gateways.recall(gateways, |one| one.metadata.name.clone());
+        self.recalled = Some(kept.saved);
+    }
+
+    /// Whether anything is in force that was only known before this start.
+    pub(super) fn recalls(&self) -> bool {
+        let heard = self.clusters.store.is_synced() && self.advertisements.store.is_synced();
+        let heard = heard && self.policies.store.is_synced() && self.gateways.store.is_synced();
+        self.recalled.is_some() && !(heard && self.own.store.is_synced())
     }
 
     pub(super) fn host(&self) -> &str {
@@ -285,7 +331,10 @@ impl View {
     }
 
     pub(super) fn begin_nodes(&mut self, generation: u64) {
-        self.nodes = Kind::new(self.nodes.name);
+        // What was recalled stands until the first watch of them has listed.
+        if self.generation != 0 || !self.nodes.recalled {
+            self.nodes = Kind::new(self.nodes.name);
+        }
         self.generation = generation;
     }
 
@@ -316,9 +365,16 @@ impl View {
             let message = format!("is gone: {STANDS}");
             problems.push(problem(format!("{} Node {me}", self.host), message));
         }
+        if let Some(saved) = self.recalled.filter(|_| self.recalls()) {
+            let message = format!(
+                "has not told everything since this start: what it had said by {} is in force",
+                saved.strftime("%FT%TZ")
+            );
+            problems.push(problem(self.host.clone(), message));
+        }
         problems.sort();
         problems.dedup();
-        let objects = Objects {
+        let mut objects = Objects {
             clusters: self.clusters.objects().cloned().collect(),
             advertisements: self.advertisements.objects().cloned().collect(),
             policies: self.policies.objects().cloned().collect(),
@@ -326,6 +382,13 @@ impl View {
             nodes,
             pods: Vec::new(),
         };
+        // Only gateways write them, and to a worker a change of them is no news.
+        if !self.wants_nodes() {
+            objects.clusters.iter_mut().for_each(|one| one.status = None);
+            objects.advertisements.iter_mut().for_each(|one| one.status = None);
+            objects.policies.iter_mut().for_each(|one| one.status = None);
+            objects.gateways.iter_mut().for_each(|one| one.status = None);
+        }
         let complete = ours && self.mesh == Mesh::Known && self.gateways.is_complete() && nodes_are_complete;
         Ok(Snapshot { objects, complete, problems })
     }

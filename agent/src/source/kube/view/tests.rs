@@ -299,6 +299,107 @@ fn an_api_server_that_is_away_takes_nothing() {
 }
 
 /// What one kind may be told.
+/// What an agent before has kept of [`synced`].
+fn kept(node: &str) -> Kept {
+    let objects = synced().snapshot().unwrap().objects;
+    Kept { saved: Timestamp::UNIX_EPOCH, node: Some(node.to_owned()), objects }
+}
+
+fn recalling() -> View {
+    let mut view = View::new("https://api".to_owned(), Some("w1".to_owned()));
+    view.recall(kept("w1"));
+    view
+}
+
+#[test]
+fn what_was_kept_is_in_force_and_incomplete_until_everything_is_heard() {
+    let mut view = recalling();
+    let before = rendered(&view);
+    tell(&mut view, Told::Clusters, vec![Heard::Failed(Trouble::Other("does not answer".to_owned()))]);
+    let away = rendered(&view);
+    tell(&mut view, Told::Clusters, list(&[cluster("mn", 1), cluster("va", 2), cluster("de", 3)]));
+    tell(&mut view, Told::Advertisements, list(&[advertisement("mn")]));
+    tell(&mut view, Told::Policies, list(&[]));
+    tell(&mut view, Told::Gateways, list(&[gateway(0, "g1", "192.0.2.2")]));
+    assert!(view.recalls());
+    tell(&mut view, Told::OwnNode, list(&[node("w1", "192.0.2.9", &[])]));
+    assert!(!view.recalls());
+    expect![[r#"
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api: has not told everything since this start: what it had said by 1970-01-01T00:00:00Z is in force
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api: does not answer (what it said before stays in force)
+        https://api: has not told everything since this start: what it had said by 1970-01-01T00:00:00Z is in force
+        complete
+        MeshCluster de 3
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+    "#]].assert_eq(&[before, away, rendered(&view)].concat());
+}
+
+#[test]
+fn what_was_kept_and_is_not_listed_is_doubted() {
+    let mut view = recalling();
+    tell(&mut view, Told::Clusters, list(&[]));
+    tell(&mut view, Told::Advertisements, list(&[]));
+    tell(&mut view, Told::Policies, list(&[]));
+    tell(&mut view, Told::Gateways, list(&[]));
+    tell(&mut view, Told::OwnNode, list(&[node("w1", "192.0.2.9", &[])]));
+    let doubted = rendered(&view);
+    view.tick(GRACE);
+    expect![[r#"
+        incomplete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api MeshClusters: half or more are gone from one list to the next: mn, va. They stay in force for 300 s after it: put them back, unless they are to go
+        https://api MeshGateways: half or more are gone from one list to the next: 0. They stay in force for 300 s after it: put them back, unless they are to go
+        https://api RouteAdvertisements: half or more are gone from one list to the next: mn. They stay in force for 300 s after it: put them back, unless they are to go
+        complete
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+    "#]].assert_eq(&[doubted, rendered(&view)].concat());
+}
+
+#[test]
+fn another_node_s_view_is_not_recalled() {
+    let mut view = View::new("https://api".to_owned(), Some("w1".to_owned()));
+    view.recall(kept("w2"));
+    assert!(!view.recalls() && view.snapshot().is_err());
+}
+
+#[test]
+fn a_gateway_s_nodes_are_recalled_until_they_are_listed() {
+    let mut view = View::new("https://api".to_owned(), Some("g1".to_owned()));
+    let mut kept = kept("g1");
+    kept.objects.nodes =
+        vec![node("g1", "192.0.2.1", &[slot::LABEL]).1.unwrap(), node("w7", "192.0.2.7", &[]).1.unwrap()];
+    view.recall(kept);
+    assert!(view.wants_nodes());
+    view.begin_nodes(1);
+    let nodes = |view: &View| -> Vec<String> {
+        view.snapshot().unwrap().objects.nodes.into_iter().map(|node| node.metadata.name).collect()
+    };
+    assert_eq!(nodes(&view), ["g1", "w7"]);
+    let listed = [node("g1", "192.0.2.1", &[slot::LABEL]), node("w7", "192.0.2.7", &[]), node("w8", "192.0.2.8", &[])];
+    tell(&mut view, all_nodes(1), list(&listed));
+    assert_eq!(nodes(&view), ["g1", "w7", "w8"]);
+    view.end_nodes();
+    view.begin_nodes(2);
+    assert_eq!(nodes(&view), ["g1"]);
+}
+
 fn heard<T: Clone + std::fmt::Debug + 'static>(object: fn(u8) -> Named<T>) -> impl Strategy<Value = Vec<Heard<T>>> {
     let name = move |n| object(n).0;
     prop_oneof![
