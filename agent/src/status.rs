@@ -22,6 +22,9 @@ pub struct Status {
     /// With `--kube`: seconds since the API server said something else than before. So old is what an agent that starts
     /// without it begins with; `None`: nothing is kept.
     pub last_known_good_age_seconds: Option<u64>,
+    /// This node has its keys, and the latest pass did all that it had to do: whatever was refused, and whatever waits for a
+    /// better view.
+    pub serving: bool,
     /// There are other members, and this node has a way to each of them.
     pub connected: bool,
     /// The slot that this node holds; `None`: a worker.

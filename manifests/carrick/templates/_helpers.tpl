@@ -121,6 +121,7 @@ env:
 {{- define "carrick.nodeMounts" -}}
 - {name: run, mountPath: /run/carrick}
 - {name: bpffs, mountPath: /bpf}
+- {name: state, mountPath: /var/lib/carrick}
 {{- end }}
 
 {{- define "carrick.nodeVolumes" -}}
@@ -128,4 +129,6 @@ env:
   hostPath: {path: /run/carrick, type: DirectoryOrCreate}
 - name: bpffs
   hostPath: {path: /sys/fs/bpf, type: Directory}
+- name: state
+  hostPath: {path: /var/lib/carrick, type: DirectoryOrCreate}
 {{- end }}
