@@ -10,12 +10,15 @@ use std::{
     process::{Command, Stdio},
 };
 
-use ::lab::guard;
+use ::lab::{Namespace, guard};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::{NAME, cgroup::Hierarchy, init};
 use crate::tools;
+
+/// Where containerd's shim writes down each container's first process, in a machine.
+const TASKS: &str = "run/containerd/io.containerd.runtime.v2.task/k8s.io";
 
 /// Everything that [`up`](super::up) makes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,6 +151,15 @@ impl Machine {
         command.args(["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--"]).arg(program);
         command.env(guard::MARK, NAME);
         Ok(command)
+    }
+
+    /// The network namespace of a pod, by the id of one of its containers, as its status has it.
+    pub fn network_of(&self, pod: &str, container: &str) -> Result<Namespace> {
+        let root = PathBuf::from(format!("/proc/{}/root", self.running()?));
+        let id = container.strip_prefix("containerd://").with_context(|| format!("{pod}: {container:?} is no id"))?;
+        let file = root.join(TASKS).join(id).join("init.pid");
+        let process = fs::read_to_string(&file).with_context(|| format!("{pod}: {}", file.display()))?;
+        Namespace::of_process(pod, &root.join("proc").join(process.trim()))
     }
 
     /// Kills a daemon, and keeps it down.
