@@ -205,6 +205,27 @@ pub fn upgrade(cluster: &Cluster, values: &Values) -> Result<()> {
     output(&mut command, "").with_context(|| format!("{}: helm upgrade", cluster.name)).map(drop)
 }
 
+/// Waits until every pod of the agents' DaemonSets is of the latest revision, and ready.
+pub fn wait_rolled_out(cluster: &Cluster) -> Result<()> {
+    for name in ["carrick-worker", "carrick-gateway"] {
+        up::wait(&format!("{}: {name} to be rolled out", cluster.name), &up::node_logs(cluster), || {
+            let set = cluster.kubectl(&["-n", NAMESPACE, "get", "daemonset", name, "-o", "json"], "")?;
+            ensure!(is_rolled_out(&set)?, "{}", pods(cluster)?);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn is_rolled_out(set: &str) -> Result<bool> {
+    let set: Value = serde_json::from_str(set).context("a DaemonSet")?;
+    let status = &set["status"];
+    let all = &status["desiredNumberScheduled"];
+    let seen = status["observedGeneration"] == set["metadata"]["generation"];
+    Ok(seen && status["updatedNumberScheduled"] == *all && status["numberAvailable"] == *all)
+}
+
+/// Takes the release away. What `uninstall=true` has not cleaned before stays in the nodes' kernels.
 pub fn uninstall(cluster: &Cluster) -> Result<()> {
     output(helm(cluster)?.args(["uninstall", RELEASE]), "")
         .with_context(|| format!("{}: helm uninstall", cluster.name))

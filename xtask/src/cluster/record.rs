@@ -8,6 +8,7 @@ use std::{
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use ::lab::{Namespace, guard};
@@ -42,6 +43,8 @@ pub struct Cluster {
     pub nodes: Vec<Machine>,
     /// A process in the network namespace that its machines are plugged into: its router's, or the internet's.
     pub switch: u32,
+    /// The internet's interface towards it.
+    pub uplink: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -130,8 +133,13 @@ impl Cluster {
 
     /// What `kubectl` prints. `input` is its standard input.
     pub fn kubectl(&self, arguments: &[&str], input: &str) -> Result<String> {
+        self.kubectl_within(Duration::from_secs(20), arguments, input)
+    }
+
+    /// [`Cluster::kubectl`], for what lasts: each request may take so long.
+    pub fn kubectl_within(&self, limit: Duration, arguments: &[&str], input: &str) -> Result<String> {
         let mut command = self.client(tools::KUBECTL.path()?)?;
-        command.arg("--request-timeout=20s").args(arguments);
+        command.arg(format!("--request-timeout={}s", limit.as_secs())).args(arguments);
         output(&mut command, input).with_context(|| format!("{}: kubectl {}", self.name, arguments.join(" ")))
     }
 }

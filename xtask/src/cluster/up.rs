@@ -45,7 +45,8 @@ pub struct Temporary {
     guard: Arc<Guard>,
     /// Dropped hosts would end.
     hosts: Mutex<Vec<Host>>,
-    ended: Mutex<()>,
+    /// Ended, or kept.
+    over: Mutex<bool>,
 }
 
 impl Temporary {
@@ -54,7 +55,7 @@ impl Temporary {
         ensure!(!down::lab_exists()?, "the clusters are up, or were left half made: cargo xtask cluster down");
         // What a maker that was killed may have left.
         down::files()?;
-        Ok(Temporary { guard: Guard::named(NAME)?, hosts: Mutex::default(), ended: Mutex::default() })
+        Ok(Temporary { guard: Guard::named(NAME)?, hosts: Mutex::default(), over: Mutex::default() })
     }
 
     pub fn make(&self, options: Options) -> Result<Clusters> {
@@ -64,23 +65,25 @@ impl Temporary {
         Ok(clusters)
     }
 
-    pub fn guard(&self) -> &Arc<Guard> {
-        &self.guard
-    }
-
     /// Lets them outlive this process, until [`down::down`].
-    pub fn keep(self) -> Result<()> {
+    pub fn keep(&self) -> Result<()> {
+        let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
         self.guard.keep()?;
-        let hosts = self.hosts.into_inner().unwrap_or_else(PoisonError::into_inner);
-        hosts.into_iter().for_each(std::mem::forget);
+        *over = true;
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *hosts).into_iter().for_each(std::mem::forget);
         Ok(())
     }
 
-    /// Removes what there is of them. Harmless when repeated; who comes second waits.
+    /// Removes what there is of them, unless they are kept. Harmless when repeated; who comes second waits.
     pub fn end(&self) -> Result<()> {
-        let _one = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        self.guard.end()?;
-        down::files().map(drop)
+        let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*over {
+            *over = true;
+            self.guard.end()?;
+            down::files()?;
+        }
+        Ok(())
     }
 }
 
@@ -210,6 +213,7 @@ impl Maker<'_> {
         let cluster = Cluster {
             name: design.name().to_owned(),
             kubeconfig,
+            uplink: access.uplink.clone(),
             server: design.server(),
             dns: design.dns_service()?,
             control_plane,
@@ -277,7 +281,8 @@ fn manifests(design: &Design) -> Result<String> {
     })
 }
 
-fn wait_for_server(cluster: &Cluster) -> Result<()> {
+/// Until the API server says that it is ready.
+pub fn wait_for_server(cluster: &Cluster) -> Result<()> {
     let what = format!("the API server of {}", cluster.name);
     let logs = &["init", "etcd", "kine", "kube-apiserver", "steps"][..];
     wait(&what, &[(&cluster.control_plane, logs)], || cluster.kubectl(&["get", "--raw=/readyz"], "").map(drop))
