@@ -22,7 +22,7 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, setsockopt, socket, sockopt},
 };
 
-use crate::{Host, sys};
+use crate::{Namespace, sys};
 
 /// Bytes that are kept of each packet: all headers that are looked at.
 const KEPT: usize = 256;
@@ -84,7 +84,7 @@ pub struct Capture {
 
 impl Capture {
     /// Everything that passes on `interface` of `host` from now on, both directions.
-    pub fn start(host: &Host, interface: &str, expected: Expected) -> Result<Capture> {
+    pub fn start(host: &Namespace, interface: &str, expected: Expected) -> Result<Capture> {
         let socket = host.run(|| open(interface).with_context(|| format!("capture on {interface}")))?;
         let stop = Arc::<AtomicBool>::default();
         let thread = {

@@ -114,6 +114,14 @@ pub struct Sent {
 }
 
 impl Status {
+    /// Whether the agent is ready and connected, and every peer of these members is. A worker has no peers.
+    pub fn is_connected(&self, members: &[&str]) -> bool {
+        let (connected, others): (Vec<_>, Vec<_>) = self.peers.iter().partition(|peer| peer.is_connected());
+        let whole = others.iter().all(|peer| !members.contains(&peer.member.as_str()));
+        let connected: BTreeSet<&str> = connected.iter().map(|peer| peer.member.as_str()).collect();
+        self.ready && self.connected && whole && connected == members.iter().copied().collect()
+    }
+
     /// Packets that left by ways whose names start so.
     pub fn sent_by(&self, way: &str) -> u64 {
         self.sent.iter().filter(|sent| sent.way.starts_with(way)).map(|sent| sent.packets).sum()
@@ -222,16 +230,11 @@ impl Carrick {
     /// Waits until the node's agent is ready and, on a gateway, every pair of gateways with exactly these members is
     /// connected. A worker has no peers of its own.
     pub fn wait_connected(&self, node: &Node, members: &[&str], limit: Duration) -> Result<Status> {
-        let wanted: BTreeSet<&str> =
-            if node.slot.is_some() { members.iter().copied().collect() } else { BTreeSet::new() };
+        let wanted = if node.slot.is_some() { members } else { &[] };
         let what = format!("{} to be connected to {}", node.host.name(), members.join(", "));
         wait_for(&what, limit, || {
             let status = self.status(node).map_err(|error| format!("{error:#}"))?;
-            let (connected, others): (Vec<_>, Vec<_>) = status.peers.iter().partition(|peer| peer.is_connected());
-            let whole = others.iter().all(|peer| !wanted.contains(peer.member.as_str()));
-            let connected: BTreeSet<&str> = connected.iter().map(|peer| peer.member.as_str()).collect();
-            let there = status.ready && status.connected && whole && connected == wanted;
-            if there { Ok(status.clone()) } else { Err(format!("{status:?}")) }
+            if status.is_connected(wanted) { Ok(status.clone()) } else { Err(format!("{status:?}")) }
         })
     }
 
@@ -273,6 +276,11 @@ impl PeerStatus {
 /// Everything that a program could leave on a node: its links, addresses, routes and rules of both families, nft tables,
 /// and the files of /run and the bpffs, one a line.
 pub fn snapshot(node: &Node) -> Result<BTreeSet<String>> {
+    snapshot_by(|program, arguments| node.host.output(program, arguments))
+}
+
+/// [`snapshot`] of whatever node the closure runs programs in. It returns what they write to their standard output.
+pub fn snapshot_by(run: impl Fn(&str, &[&str]) -> Result<String>) -> Result<BTreeSet<String>> {
     // No counters: they change by themselves.
     let readings: [(&str, &[&str]); 9] = [
         ("ip", &["-o", "link", "show"]),
@@ -290,7 +298,7 @@ pub fn snapshot(node: &Node) -> Result<BTreeSet<String>> {
         let name = [&[program], arguments].concat().join(" ");
         // Equal lines are numbered, so that one more of them is seen too.
         let mut times = BTreeMap::new();
-        for line in node.host.output(program, arguments)?.lines() {
+        for line in run(program, arguments)?.lines() {
             let line = without_state(line);
             let times: &mut u32 = times.entry(line.clone()).or_default();
             *times += 1;

@@ -6,6 +6,7 @@ use std::{
     convert::Infallible,
     fs::{self, File},
     io::Write,
+    ops::Deref,
     os::unix::{
         fs::DirBuilderExt,
         process::{CommandExt, ExitStatusExt},
@@ -37,12 +38,41 @@ const COMMAND_LIMIT_SECONDS: &str = "30";
 /// A drain may take 30 s, and closing an inotify instance waits for the kernel: seconds on a busy machine.
 const END_LIMIT: Duration = Duration::from_secs(60);
 
+/// A network namespace that traffic runs in: a host's, or that of a pod of a real cluster. Lives on with this value.
+#[derive(Debug)]
+pub struct Namespace {
+    name: String,
+    net: File,
+}
+
+impl Namespace {
+    /// That of a process, by its folder below `/proc`. `name`: what errors call it.
+    pub fn of_process(name: &str, process: &Path) -> Result<Namespace> {
+        let path = process.join("ns/net");
+        let net = File::open(&path).with_context(|| format!("{name}: {}", path.display()))?;
+        Ok(Namespace { name: name.to_owned(), net })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Runs a closure in it. A socket opened there stays there, on whatever thread it is used.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        on_thread(|| {
+            setns(&self.net, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
+            work()
+        })
+        .with_context(|| self.name.clone())
+    }
+}
+
+/// A [`Namespace`] and what else a machine has.
 #[derive(Debug)]
 pub struct Host {
-    name: String,
     guard: Arc<Guard>,
     holder: Child,
-    net: File,
+    net: Namespace,
     /// Only of a node: it has its own /run, /sys, bpffs, hosts file and resolver configuration.
     mnt: Option<File>,
 }
@@ -72,22 +102,16 @@ impl Host {
         })
         .with_context(|| format!("make host {name}"))?;
 
-        let namespace = |kind: &str| {
-            let path = format!("/proc/{}/ns/{kind}", holder.id());
-            File::open(&path).context(path)
-        };
-        let net = namespace("net")?;
-        let mnt = if mounts { Some(namespace("mnt")?) } else { None };
-        let host = Host { name: name.to_owned(), guard: guard.clone(), holder, net, mnt };
+        let process = PathBuf::from(format!("/proc/{}", holder.id()));
+        let net = Namespace::of_process(name, &process)?;
+        let mnt = process.join("ns/mnt");
+        let mnt = if mounts { Some(File::open(&mnt).with_context(|| mnt.display().to_string())?) } else { None };
+        let host = Host { guard: guard.clone(), holder, net, mnt };
         host.ip("link set lo up")?;
         // Addresses are usable at once, and anyone may ping.
         host.sysctl("net/ipv6/conf/default/accept_dad", "0")?;
         host.sysctl("net/ipv4/ping_group_range", "0 2147483647")?;
         Ok(host)
-    }
-
-    pub fn name(&self) -> &str {
-        &self.name
     }
 
     /// A process that lives in the host's namespaces as long as the lab does.
@@ -97,16 +121,7 @@ impl Host {
 
     /// The host's own files: its logs, keys, hosts file. The same path inside and outside.
     pub fn dir(&self) -> PathBuf {
-        self.guard.dir().join(&self.name)
-    }
-
-    /// Runs a closure in the host's network namespace. A socket opened there stays there, on whatever thread it is used.
-    pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        on_thread(|| {
-            setns(&self.net, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
-            work()
-        })
-        .with_context(|| self.name.clone())
+        self.guard.dir().join(self.name())
     }
 
     /// Runs a closure in all namespaces of the host.
@@ -179,7 +194,7 @@ impl Host {
         let mut command = Command::new(program.as_ref());
         command.args(arguments).stdin(Stdio::null()).stdout(file).stderr(stderr);
         let child = self.inside(|| self.guard.spawn(&mut command))?;
-        Ok(Process { name: format!("{} {name}", self.name), log, child: Some(child) })
+        Ok(Process { name: format!("{} {name}", self.name()), log, child: Some(child) })
     }
 
     fn pipe(&self, program: &Path, arguments: &[&str], input: &str) -> Result<String> {
@@ -194,11 +209,19 @@ impl Host {
             (join(fed), output)
         });
         let output = output.context("wait")?;
-        let shown = || format!("{}: {} {}", self.name, program.display(), arguments.join(" "));
+        let shown = || format!("{}: {} {}", self.name(), program.display(), arguments.join(" "));
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{}: {}\n{}{}", shown(), output.status, said.trim_end(), numbered(input));
         fed.with_context(shown)?;
         String::from_utf8(output.stdout).with_context(shown)
+    }
+}
+
+impl Deref for Host {
+    type Target = Namespace;
+
+    fn deref(&self) -> &Namespace {
+        &self.net
     }
 }
 

@@ -31,7 +31,7 @@ pub mod wait;
 pub mod watch;
 
 pub use carrick::Carrick;
-pub use host::{Host, Process};
+pub use host::{Host, Namespace, Process};
 pub use member::{Cni, Families, Member};
 pub use mesh::Mesh;
 pub use topology::{Lab, Node, Pod};

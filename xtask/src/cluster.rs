@@ -5,6 +5,7 @@
 //! - [`record`]: the clusters that are up, as a value; commands with them and in their nodes.
 //! - `up`, `down`, `power`: make them, remove them, switch one machine off and on.
 //! - `init`, `root`: a machine from inside: its first process and its root.
+//! - [`carrick`]: Carrick in them, as its users bring it there.
 //! - `pki`, `images`, `cgroup`: keys and certificates; what pods run; control groups.
 //!
 //! A machine is a process in namespaces of its own, under the mark of the lab [`NAME`]: whatever happens to whoever makes
@@ -23,18 +24,19 @@ use clap::{Subcommand, ValueEnum};
 
 use crate::tools;
 
+pub mod carrick;
 mod cgroup;
 mod daemons;
-mod design;
+pub mod design;
 mod down;
-mod images;
+pub mod images;
 mod init;
 mod pki;
-mod power;
+pub mod power;
 pub mod record;
 mod root;
 mod spec;
-mod up;
+pub mod up;
 
 use record::Clusters;
 
@@ -49,11 +51,21 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Makes the clusters `mn` and `va`, `va` behind NAT. They stay until they are taken down.
+    /// Makes the clusters `mn` and `va`, `va` behind NAT, and joins them by Carrick. They stay until they are taken down.
+    /// Again, it brings what has changed of Carrick since.
     Up {
         /// What keeps their objects.
         #[arg(long, value_enum, default_value_t = Store::Etcd)]
         store: Store,
+        /// Nodes of each cluster. One is a gateway; of three and more, two.
+        #[arg(long, default_value_t = design::NODES, value_parser = clap::value_parser!(u8).range(1..=i64::from(design::MAX_NODES)))]
+        nodes: u8,
+        /// The clusters alone.
+        #[arg(long, conflicts_with = "carrick")]
+        without_carrick: bool,
+        /// Put this carrick into the image instead of building one.
+        #[arg(long, value_name = "PATH")]
+        carrick: Option<PathBuf>,
     },
     /// Runs kubectl with a cluster.
     Kubectl {
@@ -113,8 +125,13 @@ impl Args {
 /// True if what was asked for was there to be done.
 pub fn run(args: &Args) -> Result<bool> {
     match &args.command {
-        Action::Up { store } => {
-            up::up(*store)?;
+        Action::Up { store, nodes, without_carrick, carrick } => {
+            // What does not build is known before anything is made.
+            let image = (!without_carrick).then(|| carrick::prepare(carrick.as_deref())).transpose()?;
+            let clusters = up::up(up::Options { store: *store, nodes: *nodes })?;
+            if let Some(image) = image {
+                carrick::Members::of(&clusters)?.install(&image, &up::Progress::start())?;
+            }
             status()?;
         }
         Action::Kubectl { cluster, arguments } => client(cluster, &tools::KUBECTL.path()?, arguments)?,

@@ -3,6 +3,10 @@
 //! The table, or the JSON, goes to standard output; progress to standard error.
 
 mod gateways;
+mod kubernetes;
+mod load;
+mod rows;
+mod table;
 
 use std::{
     collections::BTreeSet,
@@ -18,15 +22,17 @@ use ::lab::{
     capture::{Capture, Expected, Seen},
     carrick::{DEVICES, HOP_PORT, Running, TUNNEL_PORT, difference, snapshot},
     guard::Guard,
-    traffic::{http, ping::ping, tcp, udp::Flow},
+    traffic::udp::Flow,
     wait_for,
 };
 use anyhow::{Result, ensure};
 use clap::ValueEnum;
-use serde::Serialize;
-use serde_json::{Value, json};
 
-use crate::{lab::end_on_interrupt, process};
+use self::{
+    load::End,
+    table::{Table, tenths},
+};
+use crate::{lab::end_on_interrupt, process, setup::For};
 
 /// Whether `carrick` steers between nodes and gateways: with false the members have one node each, and the demo shows
 /// what such members can.
@@ -36,13 +42,15 @@ const PORT: u16 = 8080;
 /// Between packets of numbered UDP.
 const INTERVAL: Duration = Duration::from_millis(1);
 const CONNECT_LIMIT: Duration = Duration::from_secs(60);
-const THROUGHPUT_TIME: Duration = Duration::from_secs(5);
 /// The range that `mn` offers later, and an address in it.
 const LATER_RANGE: &str = "10.43.0.0/16";
 const LATER_ADDRESS: &str = "10.43.0.2";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// In real Kubernetes clusters, from pods of the one to pods of the other.
+    #[arg(long, conflicts_with_all = ["upgrade", "cni"])]
+    kubernetes: bool,
     /// Leave everything up, and print how to enter each node.
     #[arg(long)]
     keep: bool,
@@ -65,37 +73,33 @@ pub enum Output {
     Json,
 }
 
-/// One line of the table.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Check {
-    pub name: String,
-    pub ok: bool,
-    /// A number or a text.
-    pub value: Value,
-    /// Of the value; empty for a text.
-    pub unit: &'static str,
+impl Args {
+    /// What it needs of the machine.
+    pub fn needs(&self) -> For {
+        if self.kubernetes { For::Cluster } else { For::Demo }
+    }
 }
 
 /// Runs the demo, with the `carrick` that `build` returns the path of. True if every check holds.
 pub fn run(args: &Args, build: impl FnOnce() -> Result<PathBuf>) -> Result<bool> {
-    let carrick = Carrick::new(&args.carrick.clone().map_or_else(build, Ok)?)?;
-    let guard = Guard::unique("demo")?;
-    end_on_interrupt(&guard);
-    let checks = checks(args, &carrick, guard.clone());
-    // It has ended, was kept, or is being ended by an interrupt: then this waits.
-    guard.end()?;
-    // What failed after an interrupt says nothing.
-    process::check_interrupted()?;
-    let checks = checks?;
-    let ok = checks.iter().all(|check| check.ok);
-    match args.output {
-        Output::Table => print!("{}", table(&checks)),
-        Output::Json => println!("{}", json!({ "ok": ok, "checks": checks })),
-    }
-    Ok(ok)
+    let table = if args.kubernetes {
+        kubernetes::run(args)?
+    } else {
+        let carrick = Carrick::new(&args.carrick.clone().map_or_else(build, Ok)?)?;
+        let guard = Guard::unique("demo")?;
+        end_on_interrupt(&guard);
+        let table = members(args, &carrick, guard.clone());
+        // It has ended, was kept, or is being ended by an interrupt: then this waits.
+        guard.end()?;
+        // What failed after an interrupt says nothing.
+        process::check_interrupted()?;
+        table?
+    };
+    table.print(args.output);
+    Ok(table.is_ok())
 }
 
-fn checks(args: &Args, carrick: &Carrick, guard: Arc<Guard>) -> Result<Vec<Check>> {
+fn members(args: &Args, carrick: &Carrick, guard: Arc<Guard>) -> Result<Table> {
     let [mn, va] = if DATA_PLANE { Member::pair_of_three(args.cni) } else { Member::pair() };
     let (nodes, gateways) = (mn.nodes, mn.gateways);
     say(&format!(
@@ -104,15 +108,14 @@ fn checks(args: &Args, carrick: &Carrick, guard: Arc<Guard>) -> Result<Vec<Check
     let mn = Member { allowed: vec![LATER_RANGE.parse()?], ..mn };
     let lab = Lab::build(guard, &[mn, va])?;
     let upgrade = args.upgrade.as_deref();
-    let mut demo = Demo { carrick, upgrade, lab: &lab, keep: args.keep, step: "start", checks: Vec::new() };
+    let mut demo = Demo { carrick, upgrade, lab: &lab, keep: args.keep, table: Table::default() };
     let running = demo.all().unwrap_or_else(|error| {
-        let value = format!("{error:#}").into();
-        demo.checks.push(Check { name: demo.step.to_owned(), ok: false, value, unit: "" });
+        demo.table.fail(&error);
         Vec::new()
     });
-    let checks = demo.checks;
+    let table = demo.table;
     process::check_interrupted()?;
-    if !checks.iter().all(|check| check.ok) {
+    if !table.is_ok() {
         lab.show_logs();
     }
     if args.keep {
@@ -126,7 +129,7 @@ fn checks(args: &Args, carrick: &Carrick, guard: Arc<Guard>) -> Result<Vec<Check
         say(&format!("when done: cargo xtask lab down {name}"));
         lab.keep()?;
     }
-    Ok(checks)
+    Ok(table)
 }
 
 /// The demo as it runs.
@@ -135,13 +138,19 @@ struct Demo<'a> {
     upgrade: Option<&'a Path>,
     lab: &'a Lab,
     keep: bool,
-    /// What is being tried: the name of the failed check, should it fail with an error.
-    step: &'static str,
-    checks: Vec<Check>,
+    table: Table,
 }
 
 /// The two ends, in both directions.
 type Ends<'a> = [(&'a Member, &'a Node, &'a Member, &'a Node); 2];
+
+fn between((member, _, remote, _): &(&Member, &Node, &Member, &Node)) -> String {
+    format!("pod of {} to pod of {}", member.name, remote.name)
+}
+
+fn towards<'a>((_, node, _, remote): &(&'a Member, &'a Node, &'a Member, &'a Node)) -> [End<'a>; 2] {
+    [End::of(&node.pods[0]), End::of(&remote.pods[0])]
+}
 
 impl Demo<'_> {
     /// Everything, in order. Returns what still runs.
@@ -155,7 +164,7 @@ impl Demo<'_> {
         mn.nodes[0].add_address(LATER_ADDRESS.parse()?)?;
         let before = lab.nodes().map(|(_, node)| snapshot(node)).collect::<Result<Vec<_>>>()?;
 
-        self.begin("connected");
+        self.table.begin("connected");
         let mesh = self.carrick.write_mesh(lab)?;
         if mesh.own("mn").is_some() {
             mesh.write_pod("mn", "later", &mn.nodes[0], &[LATER_ADDRESS.parse()?])?;
@@ -176,7 +185,7 @@ impl Demo<'_> {
         let captures = self.capture()?;
         let mut running = self.killed_agents(&mesh, running, &ends)?;
         seen.add(stop(captures)?);
-        self.underlay(&seen);
+        rows::underlay(&mut self.table, &seen);
         if DATA_PLANE {
             self.gateways(&mesh, &mut running)?;
         }
@@ -195,52 +204,29 @@ impl Demo<'_> {
             self.carrick.wait_connected(node, &[remote], CONNECT_LIMIT)?;
             let seconds = tenths(start.elapsed().as_secs_f64());
             let what = if node.slot.is_some() { format!("connected to {remote}") } else { "ready".to_owned() };
-            self.hold(format!("{} {what}", node.host.name()), true, seconds, "s");
+            self.table.hold(format!("{} {what}", node.host.name()), true, seconds, "s");
         }
         Ok(())
     }
 
     fn pings(&mut self, ends: &Ends) -> Result<()> {
-        self.begin("ping");
-        for (member, node, remote, remote_node) in ends {
-            let pings = ping(&node.pods[0].host, remote_node.pods[0].ip(), 5)?;
-            let median = pings.median_ms().map_or(Value::Null, |ms| json!((ms * 1e3).round() / 1e3));
-            let name = format!("ping, pod of {} to pod of {}", member.name, remote.name);
-            self.hold(name, pings.all_answered(), median, "ms");
-        }
-        Ok(())
+        self.table.begin("ping");
+        ends.iter().try_for_each(|ends| rows::pings(&mut self.table, &between(ends), towards(ends)))
     }
 
-    /// The page of a pod by its own address; the server must have seen the client pod's own address.
     fn pages(&mut self, ends: &Ends) -> Result<()> {
-        self.begin("http");
-        for (member, node, remote, remote_node) in ends {
-            let (client, server) = (&node.pods[0], &remote_node.pods[0]);
-            let address: SocketAddr = (server.ip(), PORT).into();
-            let _server = http::Server::start(&server.host, address)?;
-            let seen = http::get(&client.host, address)?;
-            let name = format!("http, pod of {} to pod of {}: client seen", member.name, remote.name);
-            self.hold(name, seen == client.ip(), seen.to_string(), "");
-        }
-        Ok(())
+        self.table.begin("http");
+        ends.iter().try_for_each(|ends| rows::page(&mut self.table, &between(ends), towards(ends)))
     }
 
     fn throughput(&mut self, ends: &Ends) -> Result<()> {
-        self.begin("tcp");
-        for (member, node, remote, remote_node) in ends {
-            say(&format!("tcp throughput, {} to {}, 5 s", member.name, remote.name));
-            let (from, to) = (&node.pods[0], &remote_node.pods[0]);
-            let tcp = tcp::throughput(&from.host, &to.host, (to.ip(), PORT).into(), 1, THROUGHPUT_TIME)?;
-            say(&format!("retransmits: {}", tcp.retransmits));
-            let name = format!("tcp, pod of {} to pod of {}", member.name, remote.name);
-            self.hold(name, tcp.bytes > 0, tcp.megabits_per_second().round() as u64, "Mb/s");
-        }
-        Ok(())
+        self.table.begin("tcp");
+        ends.iter().try_for_each(|ends| rows::throughput(&mut self.table, &between(ends), towards(ends)))
     }
 
     /// From the change of a file to the first answer over the route that it adds.
     fn added_route(&mut self, mesh: &Mesh, ends: &Ends) -> Result<()> {
-        self.begin("route added to the folder: answered after");
+        self.table.begin("route added to the folder: answered after");
         let [(_, va, mn, mn_node), _] = ends;
         let address: SocketAddr = (LATER_ADDRESS.parse::<IpAddr>()?, PORT).into();
         let flow = Flow::start(&va.pods[0].host, &mn_node.pods[0].host, address, INTERVAL)?;
@@ -253,12 +239,12 @@ impl Demo<'_> {
         })?;
         flow.stop()?;
         let milliseconds = tenths(answered.duration_since(changed).as_secs_f64() * 1e3);
-        self.hold(self.step.to_owned(), true, milliseconds, "ms");
+        self.table.hold(self.table.step(), true, milliseconds, "ms");
         Ok(())
     }
 
     fn killed_agents(&mut self, mesh: &Mesh, running: Vec<Running>, ends: &Ends) -> Result<Vec<Running>> {
-        self.begin("agents killed and restarted: lost of 1 kHz UDP, there and back");
+        self.table.begin("agents killed and restarted: lost of 1 kHz UDP, there and back");
         let [(_, va, _, mn), _] = ends;
         let (from, to) = (&va.pods[0], &mn.pods[0]);
         let flow = Flow::start(&from.host, &to.host, (to.ip(), PORT).into(), INTERVAL)?;
@@ -273,7 +259,7 @@ impl Demo<'_> {
         sleep(Duration::from_secs(1));
         let report = flow.stop()?;
         say(&format!("{} packets sent, longest gap {} ms", report.sent, report.back.longest_gap_ms));
-        self.hold(self.step.to_owned(), report.back.lost == 0, report.back.lost, "packets");
+        self.table.hold(self.table.step(), report.back.lost == 0, report.back.lost, "packets");
         Ok(restarted)
     }
 
@@ -288,37 +274,21 @@ impl Demo<'_> {
         self.lab.clusters.iter().map(|cluster| start(&cluster.uplink)).collect()
     }
 
-    fn underlay(&mut self, seen: &Seen) {
-        let Seen { tunnel, clear, other, missed, described, .. } = seen;
-        describe(described);
-        let told = *tunnel > 0 && *missed == 0;
-        if !told {
-            say(&format!("the capture saw {tunnel} packets of the tunnel and missed {missed}: it proves nothing"));
-        }
-        say(&format!("underlay: {tunnel} packets of the tunnel"));
-        self.hold("underlay: packets other than the tunnel's UDP".into(), told && *other == 0, *other, "packets");
-        self.hold("underlay: clear text between pod ranges".into(), told && *clear == 0, *clear, "packets");
-    }
-
     fn cleanup(&mut self, running: Vec<Running>, before: &[BTreeSet<String>]) -> Result<()> {
-        self.begin("cleanup");
+        self.table.begin("cleanup");
         running.into_iter().try_for_each(Running::terminate)?;
         for ((_, node), before) in self.lab.nodes().zip(before) {
             self.carrick.cleanup(node)?;
             let left = difference(before, &snapshot(node)?);
             describe(&left);
-            self.hold(format!("after cleanup: left on {}", node.host.name()), left.is_empty(), left.len(), "things");
+            self.table.hold(
+                format!("after cleanup: left on {}", node.host.name()),
+                left.is_empty(),
+                left.len(),
+                "things",
+            );
         }
         Ok(())
-    }
-
-    fn begin(&mut self, step: &'static str) {
-        self.step = step;
-        say(step);
-    }
-
-    fn hold(&mut self, name: String, ok: bool, value: impl Into<Value>, unit: &'static str) {
-        self.checks.push(Check { name, ok, value: value.into(), unit });
     }
 }
 
@@ -336,41 +306,4 @@ fn say(line: &str) {
 
 fn describe(lines: &[String]) {
     lines.iter().for_each(|line| say(line));
-}
-
-fn tenths(value: f64) -> f64 {
-    (value * 10.0).round() / 10.0
-}
-
-fn table(checks: &[Check]) -> String {
-    let width = checks.iter().map(|check| check.name.len()).max().unwrap_or_default();
-    let row = |Check { name, ok, value, unit }: &Check| {
-        let result = if *ok { "ok    " } else { "FAILED" };
-        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        format!("{result}  {name:width$}  {}\n", format!("{value} {unit}").trim_end())
-    };
-    checks.iter().map(row).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_table_shows_every_check() {
-        let check = |name: &str, ok, value, unit| Check { name: name.to_owned(), ok, value, unit };
-        let checks = [
-            check("ping", true, json!(0.25), "ms"),
-            check("client seen", false, json!("10.44.0.2"), ""),
-            check("lost", true, json!(0), "packets"),
-        ];
-        assert_eq!(
-            table(&checks),
-            "ok      ping         0.25 ms\nFAILED  client seen  10.44.0.2\nok      lost         0 packets\n"
-        );
-        assert_eq!(
-            json!({ "checks": checks }).to_string(),
-            r#"{"checks":[{"name":"ping","ok":true,"unit":"ms","value":0.25},{"name":"client seen","ok":false,"unit":"","value":"10.44.0.2"},{"name":"lost","ok":true,"unit":"packets","value":0}]}"#
-        );
-    }
 }

@@ -42,6 +42,14 @@ pub struct Args {
     check_reproducible: bool,
 }
 
+impl Default for Args {
+    fn default() -> Args {
+        Args { arch: Arch::HOST, output: None, reference: None, root: "/".into(), check_reproducible: false }
+    }
+}
+
+/// What the chart names by itself.
+pub const REPOSITORY: &str = "carrick.dev/carrick";
 /// Bytes that a node may have to pull: the budget.
 const AT_MOST: usize = 25_000_000;
 const CARRICK: &str = "/usr/bin/carrick";
@@ -55,6 +63,23 @@ const FILES: [(&str, &str); 4] = [
     ("/etc/passwd", "root:x:0:0:root:/:/sbin/nologin\n"),
     ("/etc/protocols", "icmp 1\ntcp 6\nudp 17\nipv6-icmp 58\n"),
 ];
+
+/// The image for this machine, without an archive or a list of its contents. Its tag says what is in it, so that an image
+/// of the same name is the same. `carrick`: one that is built, instead of this tree's; with what it loads.
+pub fn local(carrick: Option<&Path>) -> Result<Image> {
+    let missing = build::missing(Arch::HOST, Path::new(NFT));
+    ensure!(missing.is_empty(), "cannot build for {}:\n{}", Arch::HOST.name(), missing.join("\n"));
+    let (args, package) = (Args::default(), Package::read()?);
+    let image = match carrick {
+        Some(carrick) => pack(&args, &package, carrick)?.image,
+        None => {
+            let built = build::carrick(workspace::root(), &workspace::target_dir()?, Arch::HOST)?;
+            assemble(&args, &package, &built)?.0
+        }
+    };
+    let tag = image.content()?.hex();
+    image.renamed(&format!("{REPOSITORY}:{}", &tag[..12]))
+}
 
 /// Builds and writes it. True if it is as small as it should be, and, if asked, the same twice.
 pub fn run(args: &Args) -> Result<bool> {
@@ -82,14 +107,27 @@ pub fn run(args: &Args) -> Result<bool> {
 
 /// The image, and the files of `args.root` that are in it.
 fn assemble(args: &Args, package: &Package, carrick: &Path) -> Result<(Image, Vec<PathBuf>)> {
-    let reference = args.reference.clone().unwrap_or_else(|| format!("carrick.dev/carrick:{}", package.version));
+    let Packed { image, sources, beside } = pack(args, package, carrick)?;
+    ensure!(beside.is_empty(), "{} is not static: it loads {beside:?}", carrick.display());
+    Ok((image, sources))
+}
+
+struct Packed {
+    image: Image,
+    /// Files of `args.root` for `nft`,
+    sources: Vec<PathBuf>,
+    /// and for `carrick`.
+    beside: Vec<PathBuf>,
+}
+
+fn pack(args: &Args, package: &Package, carrick: &Path) -> Result<Packed> {
+    let reference = args.reference.clone().unwrap_or_else(|| format!("{REPOSITORY}:{}", package.version));
     let mut image = Image::new(&reference, args.arch)?;
     image.created = created()?;
     image.entrypoint = vec![CARRICK.into()];
     image.env = vec!["PATH=/usr/sbin:/usr/bin".into()];
     image.labels = package.labels();
     let beside = image.program(CARRICK, carrick, &args.root)?;
-    ensure!(beside.is_empty(), "{} is not static: it loads {beside:?}", carrick.display());
     let mut sources = image.program(NFT, &elf::below(&args.root, Path::new(NFT)), &args.root)?;
     sources.push(NFT.into());
     for (path, text) in FILES {
@@ -97,7 +135,7 @@ fn assemble(args: &Args, package: &Package, carrick: &Path) -> Result<(Image, Ve
     }
     image.folder("/run", 0o755)?;
     image.folder("/tmp", 0o1777)?;
-    Ok((image, sources))
+    Ok(Packed { image, sources, beside })
 }
 
 /// SOURCE_DATE_EPOCH (reproducible-builds.org), else 0: the clock would give every build a digest of its own.

@@ -77,17 +77,22 @@ pub fn run(args: &Args) -> Result<bool> {
 /// From now on, an interrupt ends the lab and then this process, as a shell reports SIGINT. The thread that works in the
 /// lab need not look: whatever it does there fails.
 pub fn end_on_interrupt(guard: &Arc<Guard>) {
-    let guard = Arc::downgrade(guard);
+    on_interrupt(guard, Guard::end);
+}
+
+/// [`end_on_interrupt`], for what is more than a lab.
+pub fn on_interrupt<T: Send + Sync + 'static>(made: &Arc<T>, end: impl Fn(&T) -> Result<()> + Send + 'static) {
+    let made = Arc::downgrade(made);
     thread::spawn(move || {
-        while let Some(guard) = guard.upgrade() {
+        while let Some(made) = made.upgrade() {
             if process::interrupted() {
-                eprintln!("interrupted: removing the lab");
-                if let Err(error) = guard.end() {
+                eprintln!("interrupted: removing what was made");
+                if let Err(error) = end(&made) {
                     eprintln!("{error:#}");
                 }
                 std::process::exit(130);
             }
-            drop(guard);
+            drop(made);
             thread::sleep(Duration::from_millis(20));
         }
     });

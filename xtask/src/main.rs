@@ -90,7 +90,7 @@ fn run(args: Args) -> anyhow::Result<bool> {
     let install = !args.no_install;
     match args.command {
         Command::Demo(args) => {
-            setup::ensure(For::Demo, install)?;
+            setup::ensure(args.needs(), install)?;
             demo::run(&args, workspace::build_carrick)
         }
         Command::Lab(args) => {

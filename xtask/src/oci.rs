@@ -87,14 +87,8 @@ impl Image {
     /// An empty image. `reference` is a whole one, `host/path:tag`: the kubelet makes `docker.io/library/NAME:latest` of a
     /// short one before it looks for an image, and would not find it under the name that it was imported by.
     pub fn new(reference: &str, architecture: Arch) -> Result<Image> {
-        let (path, tag) = reference.rsplit_once(':').unwrap_or_default();
-        let host = path.split_once('/').map(|(host, _)| host).unwrap_or_default();
-        ensure!(
-            !tag.is_empty() && !tag.contains('/') && (host.contains(['.', ':']) || host == "localhost"),
-            "{reference}: not of the form host/path:tag"
-        );
         Ok(Image {
-            reference: reference.to_owned(),
+            reference: whole(reference)?,
             architecture,
             entrypoint: Vec::new(),
             env: Vec::new(),
@@ -106,6 +100,16 @@ impl Image {
 
     pub fn reference(&self) -> &str {
         &self.reference
+    }
+
+    /// The same image by another name.
+    pub fn renamed(self, reference: &str) -> Result<Image> {
+        Ok(Image { reference: whole(reference)?, ..self })
+    }
+
+    /// Of its files, whatever its name.
+    pub fn content(&self) -> Result<Digest> {
+        Ok(Digest::of(&self.layer().context("pack the layer")?))
     }
 
     /// A folder at the absolute path `at`. Folders above an entry are made by themselves, with mode 0755.
@@ -230,6 +234,16 @@ impl Image {
         let platform = Platform { architecture: self.architecture.name(), os: "linux" };
         Descriptor { platform: Some(platform), annotations: Some(annotations), ..manifest.descriptor() }
     }
+}
+
+fn whole(reference: &str) -> Result<String> {
+    let (path, tag) = reference.rsplit_once(':').unwrap_or_default();
+    let host = path.split_once('/').map(|(host, _)| host).unwrap_or_default();
+    ensure!(
+        !tag.is_empty() && !tag.contains('/') && (host.contains(['.', ':']) || host == "localhost"),
+        "{reference}: not of the form host/path:tag"
+    );
+    Ok(reference.to_owned())
 }
 
 /// Entries in the order of the map, in which a folder stands before what is in it. Nothing of this machine gets in.

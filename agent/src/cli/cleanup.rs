@@ -93,10 +93,11 @@ fn remove_uapi_sockets(dir: &Path, remove: impl Fn(&Path) -> bool) -> bool {
     all.into_iter().all(|gone| gone) && (!empty || gone(dir, fs::remove_dir(dir)))
 }
 
-/// A mount point, as a pod's volume is, belongs to whoever mounted it.
+/// A mount point, as a pod's volume is, belongs to whoever mounted it. In a pod's root, which is read-only, that is what
+/// the kernel says first.
 fn remove_folder(dir: &Path) -> bool {
     match fs::remove_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => true,
+        Err(error) if matches!(error.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::ReadOnlyFilesystem) => true,
         removed => gone(dir, removed),
     }
 }

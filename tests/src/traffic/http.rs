@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{Shutdown, shutdown};
 
-use crate::Host;
+use crate::Namespace;
 
 const LIMIT: Duration = Duration::from_secs(5);
 /// The page is this and the client's address.
@@ -25,7 +25,7 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn start(host: &Host, address: SocketAddr) -> Result<Server> {
+    pub fn start(host: &Namespace, address: SocketAddr) -> Result<Server> {
         let listener = host.run(|| TcpListener::bind(address).with_context(|| format!("bind {address}")))?;
         let accepting = listener.try_clone()?;
         let thread = thread::spawn(move || {
@@ -50,7 +50,7 @@ impl Drop for Server {
 }
 
 /// Fetches the page from inside `host`; returns whom the server saw.
-pub fn get(host: &Host, address: SocketAddr) -> Result<IpAddr> {
+pub fn get(host: &Namespace, address: SocketAddr) -> Result<IpAddr> {
     let mut stream =
         host.run(|| TcpStream::connect_timeout(&address, LIMIT).with_context(|| format!("connect to {address}")))?;
     stream.set_read_timeout(Some(LIMIT))?;

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 
-use crate::Host;
+use crate::Namespace;
 
 const INTERVAL: Duration = Duration::from_millis(100);
 const LIMIT: Duration = Duration::from_secs(1);
@@ -43,7 +43,7 @@ impl Pings {
 }
 
 /// Sends `count` echo requests from inside `host`, each after the answer to the last, at most ten a second.
-pub fn ping(host: &Host, to: IpAddr, count: u16) -> Result<Pings> {
+pub fn ping(host: &Namespace, to: IpAddr, count: u16) -> Result<Pings> {
     let (family, protocol, request, answer) = match to {
         IpAddr::V4(_) => (AddressFamily::Inet, SockProtocol::Icmp, 8, 0),
         IpAddr::V6(_) => (AddressFamily::Inet6, SockProtocol::IcmpV6, 128, 129),

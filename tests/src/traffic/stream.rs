@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{Host, Pod};
+use crate::{Namespace, Pod};
 
 /// Written at once, every [`INTERVAL`]: 4 MB/s.
 const CHUNK: usize = 8 << 10;
@@ -57,7 +57,7 @@ struct Received {
 
 impl Stream {
     /// Connects from `from` to `address` of `to`, where nobody listens yet, and begins to write.
-    pub fn start(from: &Host, to: &Host, address: SocketAddr) -> Result<Stream> {
+    pub fn start(from: &Namespace, to: &Namespace, address: SocketAddr) -> Result<Stream> {
         let listener = to.run(|| TcpListener::bind(address).with_context(|| format!("bind {address}")))?;
         let address = listener.local_addr()?;
         let connect = || TcpStream::connect_timeout(&address, LIMIT).with_context(|| format!("connect to {address}"));

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{Host, sys};
+use crate::{Namespace, sys};
 
 const CHUNK: usize = 128 << 10;
 /// A stream that stands still for so long has failed.
@@ -34,8 +34,8 @@ impl Throughput {
 
 /// Sends from `from` to `address` of `to` over `streams` connections for that long.
 pub fn throughput(
-    from: &Host,
-    to: &Host,
+    from: &Namespace,
+    to: &Namespace,
     address: SocketAddr,
     streams: usize,
     duration: Duration,

@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::any;
-use crate::{Host, Pod};
+use crate::{Namespace, Pod};
 
 /// Bytes of payload: the number, big-endian, and padding.
 const PAYLOAD: usize = 64;
@@ -76,7 +76,7 @@ pub struct Count {
 
 impl Flow {
     /// Begins to send one packet every `interval` from `from` to `address` of `to`.
-    pub fn start(from: &Host, to: &Host, address: SocketAddr, interval: Duration) -> Result<Flow> {
+    pub fn start(from: &Namespace, to: &Namespace, address: SocketAddr, interval: Duration) -> Result<Flow> {
         let echo = to.run(|| UdpSocket::bind(address).with_context(|| format!("bind {address}")))?;
         let address = echo.local_addr()?;
         let socket = from.run(|| UdpSocket::bind(any(address.ip())).context("bind"))?;

@@ -310,7 +310,7 @@ mod tests {
 
     #[test]
     fn files_for_json_readers_are_json() {
-        for design in super::super::design::both().unwrap() {
+        for design in super::super::design::both(super::super::design::NODES).unwrap() {
             for seat in design.seats() {
                 for (path, text) in files(&design, &seat, Path::new("/pki")).unwrap() {
                     if path.extension().is_some_and(|kind| kind == "json" || kind == "conflist") {
@@ -344,7 +344,7 @@ mod tests {
             flanneld: at("flanneld"),
         };
         let mut text = String::new();
-        for design in super::super::design::both().unwrap() {
+        for design in super::super::design::both(super::super::design::NODES).unwrap() {
             for seat in design.seats() {
                 let pki = Path::new("/pki");
                 let steps = match seat.role {

@@ -6,11 +6,23 @@
 //! | pod network | flannel, VXLAN | routed: each node knows the others' ranges |
 //! | kube-proxy | iptables | nftables |
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use anyhow::{Context, Result};
 use ipnetwork::{IpNetwork, Ipv4Network};
-use lab::member::{Member, Site, nth};
+use lab::{
+    Families,
+    member::{MAX_NODES as MEMBER_NODES, Member, Site, nth},
+};
+
+/// Nodes of each cluster unless said otherwise, and at most.
+pub const NODES: u8 = 2;
+pub const MAX_NODES: u8 = MEMBER_NODES - 1;
+/// Of each cluster, where it has so many nodes and one more.
+const GATEWAYS: u8 = 2;
 
 /// How pods of one node reach those of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,12 +70,15 @@ pub struct Seat {
     pub addresses: [IpNetwork; 2],
 }
 
-/// Nodes of each cluster, without the machine of the control plane.
-const NODES: u8 = 2;
-
-/// Both clusters.
-pub fn both() -> Result<[Design; 2]> {
-    let [mn, va] = Member::pair();
+/// Both clusters. `nodes`: of each, without the machine of the control plane.
+pub fn both(nodes: u8) -> Result<[Design; 2]> {
+    let [mn, va] = Member::pair().map(|member| Member {
+        nodes: nodes + 1,
+        // One node at least holds no slot, so that there is a hop.
+        gateways: GATEWAYS.min(nodes.saturating_sub(1)).max(1),
+        families: Families::V4,
+        ..member
+    });
     Ok([
         design(mn, 0, Ipv4Addr::new(10, 43, 0, 0), Network::Flannel, Proxy::Iptables)?,
         design(va, 1, Ipv4Addr::new(10, 45, 0, 0), Network::Routed, Proxy::Nftables)?,
@@ -71,7 +86,6 @@ pub fn both() -> Result<[Design; 2]> {
 }
 
 fn design(member: Member, index: usize, services: Ipv4Addr, network: Network, proxy: Proxy) -> Result<Design> {
-    let member = Member { nodes: NODES + 1, ..member };
     let site = Site::of(&member, index)?;
     Ok(Design { member, site, services: Ipv4Network::new(services, 16)?, network, proxy })
 }
@@ -81,11 +95,27 @@ impl Design {
         &self.member.name
     }
 
+    /// How many there are, without the machine of the control plane.
+    fn nodes(&self) -> u8 {
+        self.member.nodes - 1
+    }
+
+    /// The slots that are held, and by which node.
+    pub fn gateways(&self) -> BTreeMap<u8, Seat> {
+        let slot = |seat: Seat| match seat.role {
+            Role::Node(n) if n < self.member.gateways => Some((n, seat)),
+            _ => None,
+        };
+        self.seats().into_iter().filter_map(slot).collect()
+    }
+
     /// The control plane's machine first, then the nodes.
     pub fn seats(&self) -> Vec<Seat> {
         let name = self.name();
         let seat = |(n, addresses): (u8, &[IpNetwork; 2])| match n {
-            NODES => Seat { name: format!("{name}-api"), role: Role::ControlPlane, addresses: *addresses },
+            n if n == self.nodes() => {
+                Seat { name: format!("{name}-api"), role: Role::ControlPlane, addresses: *addresses }
+            }
             n => Seat { name: format!("{name}-{n}"), role: Role::Node(n), addresses: *addresses },
         };
         let mut seats: Vec<Seat> = (0..).zip(&self.site.nodes).map(seat).collect();
@@ -164,9 +194,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn some_nodes_are_gateways_and_one_is_none() {
+        let slots = |nodes| {
+            both(nodes).unwrap().map(|design| design.gateways().into_values().map(|seat| seat.name).collect::<Vec<_>>())
+        };
+        assert_eq!(slots(1), [vec!["mn-0"], vec!["va-0"]]);
+        assert_eq!(slots(NODES), [vec!["mn-0"], vec!["va-0"]]);
+        assert_eq!(slots(3), [vec!["mn-0", "mn-1"], vec!["va-0", "va-1"]]);
+        assert_eq!(slots(MAX_NODES), [vec!["mn-0", "mn-1"], vec!["va-0", "va-1"]]);
+    }
+
+    #[test]
     fn every_machine_has_its_place() {
         let mut text = String::new();
-        for design in both().unwrap() {
+        for design in both(NODES).unwrap() {
             text += &format!("{} {} dns {}\n", design.name(), design.server(), design.dns_service().unwrap());
             for seat in design.seats() {
                 text += &format!("--- {} {:?}\n{}", seat.name, seat.role, seat.links(&design).unwrap());

@@ -54,6 +54,11 @@ const APPLETS: &[&str] = &[
 /// As the first process of a pod it must handle SIGTERM by itself.
 const WAIT: &str = "#!/bin/sh\ntrap 'exit 0' TERM INT\nwhile :; do sleep 3600 & wait $!; done\n";
 
+/// Where archives lie that nodes see at the same path.
+pub fn dir() -> Result<PathBuf> {
+    Ok(tools::cache_dir()?.join("images"))
+}
+
 /// Writes the archives that every node is given, into `dir`.
 pub fn write(dir: &Path) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;

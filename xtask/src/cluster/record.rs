@@ -8,14 +8,18 @@ use std::{
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Duration,
 };
 
-use ::lab::guard;
+use ::lab::{Namespace, guard};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::{NAME, cgroup::Hierarchy, init};
 use crate::tools;
+
+/// Where containerd's shim writes down each container's first process, in a machine.
+const TASKS: &str = "run/containerd/io.containerd.runtime.v2.task/k8s.io";
 
 /// Everything that [`up`](super::up) makes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +43,8 @@ pub struct Cluster {
     pub nodes: Vec<Machine>,
     /// A process in the network namespace that its machines are plugged into: its router's, or the internet's.
     pub switch: u32,
+    /// The internet's interface towards it.
+    pub uplink: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,8 +133,13 @@ impl Cluster {
 
     /// What `kubectl` prints. `input` is its standard input.
     pub fn kubectl(&self, arguments: &[&str], input: &str) -> Result<String> {
+        self.kubectl_within(Duration::from_secs(20), arguments, input)
+    }
+
+    /// [`Cluster::kubectl`], for what lasts: each request may take so long.
+    pub fn kubectl_within(&self, limit: Duration, arguments: &[&str], input: &str) -> Result<String> {
         let mut command = self.client(tools::KUBECTL.path()?)?;
-        command.arg("--request-timeout=20s").args(arguments);
+        command.arg(format!("--request-timeout={}s", limit.as_secs())).args(arguments);
         output(&mut command, input).with_context(|| format!("{}: kubectl {}", self.name, arguments.join(" ")))
     }
 }
@@ -148,6 +159,15 @@ impl Machine {
         command.args(["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--"]).arg(program);
         command.env(guard::MARK, NAME);
         Ok(command)
+    }
+
+    /// The network namespace of a pod, by the id of one of its containers, as its status has it.
+    pub fn network_of(&self, pod: &str, container: &str) -> Result<Namespace> {
+        let root = PathBuf::from(format!("/proc/{}/root", self.running()?));
+        let id = container.strip_prefix("containerd://").with_context(|| format!("{pod}: {container:?} is no id"))?;
+        let file = root.join(TASKS).join(id).join("init.pid");
+        let process = fs::read_to_string(&file).with_context(|| format!("{pod}: {}", file.display()))?;
+        Namespace::of_process(pod, &root.join("proc").join(process.trim()))
     }
 
     /// Kills a daemon, and keeps it down.

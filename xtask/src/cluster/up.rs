@@ -4,7 +4,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -32,74 +32,130 @@ const SHOWN_LINES: usize = 12;
 const COREDNS: &str = include_str!("coredns.yaml");
 const FLANNEL: &str = include_str!("flannel.yaml");
 
-/// Makes the clusters, and lets them outlive this process. If that fails, or at Ctrl-C, nothing of them stays.
-pub fn up(store: Store) -> Result<Clusters> {
+/// What the clusters are to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub store: Store,
+    /// Of each cluster, without the machine of the control plane.
+    pub nodes: u8,
+}
+
+/// Clusters that end with [`Temporary::end`], and with this process.
+pub struct Temporary {
+    guard: Arc<Guard>,
+    /// Dropped hosts would end.
+    hosts: Mutex<Vec<Host>>,
+    /// Ended, or kept.
+    over: Mutex<bool>,
+}
+
+impl Temporary {
+    /// Nothing yet: [`Temporary::make`] makes them.
+    pub fn begin() -> Result<Temporary> {
+        ensure!(!down::lab_exists()?, "the clusters are up, or were left half made: cargo xtask cluster down");
+        // What a maker that was killed may have left.
+        down::files()?;
+        Ok(Temporary { guard: Guard::named(NAME)?, hosts: Mutex::default(), over: Mutex::default() })
+    }
+
+    pub fn make(&self, options: Options) -> Result<Clusters> {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let clusters = build(&self.guard, options, &mut hosts)?;
+        clusters.save()?;
+        Ok(clusters)
+    }
+
+    /// Lets them outlive this process, until [`down::down`].
+    pub fn keep(&self) -> Result<()> {
+        let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        self.guard.keep()?;
+        *over = true;
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *hosts).into_iter().for_each(std::mem::forget);
+        Ok(())
+    }
+
+    /// Removes what there is of them, unless they are kept. Harmless when repeated; who comes second waits.
+    pub fn end(&self) -> Result<()> {
+        let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*over {
+            *over = true;
+            self.guard.end()?;
+            down::files()?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes the clusters, and lets them outlive this process. If that fails, or at Ctrl-C, nothing of them stays. Those that
+/// are up already are taken as they are.
+pub fn up(options: Options) -> Result<Clusters> {
     if let Some(clusters) = Clusters::load()? {
         ensure!(clusters.is_whole()?, "the clusters are up in part: cargo xtask cluster down");
+        let nodes = clusters.clusters.iter().all(|cluster| cluster.nodes.len() == usize::from(options.nodes));
+        ensure!(nodes, "the clusters are up with other nodes: cargo xtask cluster down");
         eprintln!("the clusters are up already; to begin anew: cargo xtask cluster down");
         return Ok(clusters);
     }
-    ensure!(!down::lab_exists()?, "the clusters are being made, or were left half made: cargo xtask cluster down");
-    // What a maker that was killed may have left.
-    down::files()?;
-    let guard = Guard::named(NAME)?;
-    let mut hosts = Vec::new();
-    let made = build(&guard, store, &mut hosts).and_then(|clusters| {
-        clusters.save()?;
-        guard.keep()?;
-        Ok(clusters)
-    });
-    match made {
-        Ok(clusters) => {
-            // Dropped hosts would end.
-            hosts.into_iter().for_each(std::mem::forget);
-            Ok(clusters)
-        }
+    let clusters = Temporary::begin()?;
+    match clusters.make(options) {
+        Ok(made) => clusters.keep().map(|()| made),
         Err(error) => {
             eprintln!("removing what there is of the clusters");
-            guard.end()?;
-            down::files()?;
+            clusters.end()?;
             Err(error)
         }
     }
 }
 
-fn build(guard: &Arc<Guard>, store: Store, hosts: &mut Vec<Host>) -> Result<Clusters> {
-    let started = Instant::now();
-    let said = |what: &str| eprintln!("{:5.1} s  {what}", started.elapsed().as_secs_f64());
+fn build(guard: &Arc<Guard>, options: Options, hosts: &mut Vec<Host>) -> Result<Clusters> {
+    let progress = Progress::start();
     prepare_machine()?;
-    let designs = design::both()?;
-    let images = images::write(&tools::cache_dir()?.join("images"))?;
-    said("images written");
+    let designs = design::both(options.nodes)?;
+    let images = images::write(&images::dir()?)?;
+    progress.say("images written");
     let cgroups = cgroup::here()?;
     down::remember(&cgroups)?;
     let internet = Host::network(guard, "internet")?;
     internet.forward()?;
     let mut clusters = Clusters { clusters: Vec::new(), internet: internet.pid(), cgroups };
     for design in &designs {
-        let maker = Maker { design, store, images: &images, cgroups: &clusters.cgroups };
+        let maker = Maker { design, store: options.store, images: &images, cgroups: &clusters.cgroups };
         let (cluster, router) = maker.make(guard, &internet)?;
         hosts.extend(router);
         clusters.clusters.push(cluster);
     }
     guard.record(host_records(&internet, hosts))?;
     hosts.push(internet);
-    said("machines switched on");
+    progress.say("machines switched on");
     for (design, cluster) in designs.iter().zip(&clusters.clusters) {
         wait_for_server(cluster)?;
-        said(&format!("{}: the API server is ready", cluster.name));
+        progress.say(&format!("{}: the API server is ready", cluster.name));
         cluster.kubectl(&["apply", "-f", "-"], &manifests(design)?)?;
     }
     for (design, cluster) in designs.iter().zip(&clusters.clusters) {
         give_ranges(design, cluster)?;
         wait_for_nodes(cluster)?;
-        said(&format!("{}: the nodes are Ready", cluster.name));
+        progress.say(&format!("{}: the nodes are Ready", cluster.name));
     }
     for cluster in &clusters.clusters {
         wait_for_dns(cluster)?;
-        said(&format!("{}: CoreDNS is rolled out", cluster.name));
+        progress.say(&format!("{}: CoreDNS is rolled out", cluster.name));
     }
     Ok(clusters)
+}
+
+/// Says what was reached, and when.
+pub struct Progress(Instant);
+
+impl Progress {
+    pub fn start() -> Progress {
+        Progress(Instant::now())
+    }
+
+    pub fn say(&self, what: &str) {
+        eprintln!("{:5.1} s  {what}", self.0.elapsed().as_secs_f64());
+    }
 }
 
 /// Makes the clusters' folder, and sees to what namespaces cannot have of their own.
@@ -157,6 +213,7 @@ impl Maker<'_> {
         let cluster = Cluster {
             name: design.name().to_owned(),
             kubeconfig,
+            uplink: access.uplink.clone(),
             server: design.server(),
             dns: design.dns_service()?,
             control_plane,
@@ -173,7 +230,7 @@ impl Maker<'_> {
         let steps = match seat.role {
             Role::ControlPlane => daemons::control_plane(design, &programs()?, &pki, self.store)?,
             Role::Node(_) => {
-                shared.push(tools::cache_dir()?.join("images"));
+                shared.push(images::dir()?);
                 daemons::node(design, seat, &programs()?, &pki, self.images)
             }
         };
@@ -224,7 +281,8 @@ fn manifests(design: &Design) -> Result<String> {
     })
 }
 
-fn wait_for_server(cluster: &Cluster) -> Result<()> {
+/// Until the API server says that it is ready.
+pub fn wait_for_server(cluster: &Cluster) -> Result<()> {
     let what = format!("the API server of {}", cluster.name);
     let logs = &["init", "etcd", "kine", "kube-apiserver", "steps"][..];
     wait(&what, &[(&cluster.control_plane, logs)], || cluster.kubectl(&["get", "--raw=/readyz"], "").map(drop))
@@ -247,12 +305,12 @@ fn give_ranges(design: &Design, cluster: &Cluster) -> Result<()> {
 /// What is worth a look where a node does not become Ready.
 const NODE_LOGS: &[&str] = &["init", "containerd", "steps", "kubelet", "flanneld"];
 
-fn wait_for_nodes(cluster: &Cluster) -> Result<()> {
+/// Until Kubernetes takes every node of a cluster for Ready.
+pub fn wait_for_nodes(cluster: &Cluster) -> Result<()> {
     let jsonpath =
         r#"jsonpath={range .items[*]}{.metadata.name}={.status.conditions[?(@.type=="Ready")].status} {end}"#;
     let expected: String = cluster.nodes.iter().map(|node| format!("{}=True ", node.name)).collect();
-    let logs: Vec<_> = cluster.nodes.iter().map(|node| (node, NODE_LOGS)).collect();
-    wait(&format!("the nodes of {} to be Ready", cluster.name), &logs, || {
+    wait(&format!("the nodes of {} to be Ready", cluster.name), &node_logs(cluster), || {
         let seen = cluster.kubectl(&["get", "nodes", "-o", jsonpath], "")?;
         ensure!(seen == expected, "{seen}");
         Ok(())
@@ -260,7 +318,7 @@ fn wait_for_nodes(cluster: &Cluster) -> Result<()> {
 }
 
 fn wait_for_dns(cluster: &Cluster) -> Result<()> {
-    let mut logs: Vec<_> = cluster.nodes.iter().map(|node| (node, NODE_LOGS)).collect();
+    let mut logs = node_logs(cluster);
     logs.push((&cluster.control_plane, &["kube-controller-manager", "kube-scheduler"][..]));
     wait(&format!("CoreDNS of {}", cluster.name), &logs, || {
         let jsonpath = "jsonpath={.status.availableReplicas}";
@@ -270,8 +328,13 @@ fn wait_for_dns(cluster: &Cluster) -> Result<()> {
     })
 }
 
+/// What is worth a look where pods of a cluster do not run.
+pub fn node_logs(cluster: &Cluster) -> Vec<(&Machine, &'static [&'static str])> {
+    cluster.nodes.iter().map(|node| (node, NODE_LOGS)).collect()
+}
+
 /// Waits until `attempt` succeeds. If it does not, or if a machine has ended, the error ends with these machines' logs.
-fn wait(what: &str, logs: &[(&Machine, &[&str])], mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
+pub fn wait(what: &str, logs: &[(&Machine, &[&str])], mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
     let waited = wait_for(what, LIMIT, || {
         if process::interrupted() {
             return Ok(Err(anyhow!("interrupted")));

@@ -1,32 +1,24 @@
 //! What members of three nodes and two gateways show beyond those of one node: any pod reaches any pod, both gateways
 //! carry, and what each fault costs under 1 kHz numbered UDP and one TCP stream.
 
-use std::{fs, net::SocketAddr, thread::sleep, time::Duration};
+use std::{fs, thread::sleep};
 
 use ::lab::{
     Carrick, Mesh, Node, Pod,
     carrick::{DEVICES, Running, TUNNEL_PORT},
     faults::{Fault, Traffic},
-    traffic::{http, stream::Stream, udp::Flow},
-    wait_for,
+    traffic::udp::Flow,
     watch::sum,
 };
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 
-use super::{CONNECT_LIMIT, Demo, PORT, describe, say};
+use super::{
+    Demo,
+    load::{AROUND, End, Load, Price},
+    rows,
+};
 use crate::bench::way;
-
-/// How long traffic runs before and after a fault.
-const AROUND: Duration = Duration::from_secs(2);
-
-/// What a fault may cost.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Price {
-    Nothing,
-    /// What was on its way; traffic must go on by itself.
-    Some,
-}
 
 impl<'a> Demo<'a> {
     /// All of it. `running` is by node, in the lab's order, and what runs at the end.
@@ -42,31 +34,23 @@ impl<'a> Demo<'a> {
         self.restart("agents upgraded to a second build", second, mesh, running)?;
         self.tunnels_down(running)?;
         let seen = sum(&watch.stop()?);
-        describe(&seen.described.into_iter().filter(|line| line.starts_with("clear text")).collect::<Vec<_>>());
-        let told = seen.tunnel > 0 && seen.missed == 0;
         let name = "uplinks of all nodes: clear text for a remote range, faults and all tunnels down included";
-        self.hold(name.into(), told && seen.clear == 0, seen.clear, "packets");
+        rows::clear_text(&mut self.table, name, &seen);
         Ok(())
     }
 
-    /// A page from worker to worker; the server must have seen the client pod's own address.
     fn workers(&mut self) -> Result<()> {
-        self.begin("workers");
+        self.table.begin("workers");
         for [(from, client), (to, server)] in [[("mn", 2), ("va", 2)], [("va", 2), ("mn", 2)]] {
-            let (client, server) = (self.pod(from, client)?, self.pod(to, server)?);
-            let address: SocketAddr = (server.ip(), PORT).into();
-            let _server = http::Server::start(&server.host, address)?;
-            let seen = http::get(&client.host, address)?;
-            let (ok, name) =
-                (seen == client.ip(), format!("http, worker pod of {from} to worker pod of {to}: client seen"));
-            self.hold(name, ok, seen.to_string(), "");
+            let ends = [End::of(self.pod(from, client)?), End::of(self.pod(to, server)?)];
+            rows::page(&mut self.table, &format!("worker pod of {from} to worker pod of {to}"), ends)?;
         }
         Ok(())
     }
 
     /// Packets of the tunnel on each gateway's uplink, while pods of all nodes talk.
     fn shares(&mut self) -> Result<()> {
-        self.begin("packets per gateway");
+        self.table.begin("packets per gateway");
         let watch = self.lab.watch()?;
         let pairs = [("mn", "va"), ("va", "mn")].into_iter().flat_map(|(a, b)| (0..3).map(move |n| (a, b, n)));
         let start = |(from, to, n)| Flow::between(self.pod(from, n)?, self.pod(to, 2 - n)?);
@@ -76,7 +60,7 @@ impl<'a> Demo<'a> {
         let seen = watch.stop()?;
         for (_, node) in self.lab.nodes().filter(|(_, node)| node.slot.is_some()) {
             let packets = seen[node.host.name()].tunnel;
-            self.hold(
+            self.table.hold(
                 format!("packets of the tunnel by gateway {}", node.host.name()),
                 packets > 0,
                 packets,
@@ -134,7 +118,7 @@ impl<'a> Demo<'a> {
 
     /// The agents are stopped, so that nobody repairs it: the links are cut, then the tunnels killed.
     fn tunnels_down(&mut self, running: &mut [Running]) -> Result<()> {
-        self.begin("all tunnels down");
+        self.table.begin("all tunnels down");
         let flow = Flow::between(self.pod("va", 2)?, self.pod("mn", 2)?)?;
         let mut cuts = Vec::new();
         for (ours, theirs) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
@@ -152,7 +136,7 @@ impl<'a> Demo<'a> {
         sleep(AROUND);
         let through = flow.answered() - answered;
         flow.stop()?;
-        self.hold("all tunnels down: packets that get through".into(), through == 0, through, "packets");
+        self.table.hold("all tunnels down: packets that get through", through == 0, through, "packets");
         cuts.into_iter().try_for_each(Fault::mend)?;
         for ((_, node), running) in self.lab.nodes().zip(running.iter_mut()) {
             running.agent.signal(Signal::SIGCONT)?;
@@ -168,23 +152,11 @@ impl<'a> Demo<'a> {
         price: Price,
         fault: impl FnOnce(&Self) -> Result<()>,
     ) -> Result<()> {
-        self.begin(name);
-        // Both ways; the gateways' own pods are left out: what lives on a node that goes off is gone with it.
-        let (va, mn) = (self.pod("va", 2)?, self.pod("mn", 2)?);
-        let (flows, stream) = ([Flow::between(va, mn)?, Flow::between(mn, va)?], Stream::between(va, mn)?);
-        goes_on(&flows, &stream)?;
+        self.table.begin(name);
+        // The gateways' own pods are left out: what lives on a node that goes off is gone with it.
+        let load = Load::start(End::of(self.pod("va", 2)?), End::of(self.pod("mn", 2)?))?;
         fault(self)?;
-        goes_on(&flows, &stream)?;
-        sleep(AROUND);
-        let reports = flows.into_iter().map(Flow::stop).collect::<Result<Vec<_>>>()?;
-        let stream = stream.stop();
-        let lost: u64 = reports.iter().map(|report| report.back.lost).sum();
-        let gap = reports.iter().map(|report| report.back.longest_gap_ms).max().unwrap_or_default();
-        stream.failure.iter().for_each(|failure| say(failure));
-        self.hold(format!("{name}: lost of 2 x 1 kHz UDP"), price == Price::Some || lost == 0, lost, "packets");
-        self.hold(format!("{name}: longest gap"), true, gap, "ms");
-        self.hold(format!("{name}: longest stall of a TCP stream"), stream.survived(), stream.longest_stall_ms, "ms");
-        Ok(())
+        load.end(&mut self.table, name, price)
     }
 
     fn start_again(&self, name: &str, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
@@ -225,14 +197,4 @@ impl<'a> Demo<'a> {
 
 fn tunnels() -> Traffic {
     Traffic::Udp(TUNNEL_PORT..=TUNNEL_PORT + DEVICES - 1)
-}
-
-fn goes_on(flows: &[Flow], stream: &Stream) -> Result<()> {
-    let now = || (flows.iter().map(Flow::answered).collect::<Vec<_>>(), stream.arrived());
-    let (before, arrived) = now();
-    wait_for("traffic to go on", CONNECT_LIMIT, || {
-        let (flows, bytes) = now();
-        let on = flows.iter().zip(&before).all(|(now, before)| *now > before + 1000) && bytes > arrived;
-        if on { Ok(()) } else { Err(format!("from {before:?}, {arrived} to {flows:?}, {bytes}")) }
-    })
 }

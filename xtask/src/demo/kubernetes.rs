@@ -1,0 +1,345 @@
+//! The demo in real clusters, which it makes and removes: from pods of the one to pods of the other, while machines, pods
+//! and API servers fail and Carrick is upgraded, by what an administrator has: kubectl, helm and the machine's switch.
+
+mod pods;
+mod traces;
+
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    sync::Arc,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use ::lab::{
+    Namespace,
+    capture::{Capture, Expected, Seen},
+    carrick::{DEVICES, HOP_PORT, TUNNEL_PORT, difference},
+    traffic::udp::Flow,
+    wait_for,
+};
+use anyhow::{Context, Result};
+
+use self::pods::Pod;
+use super::{
+    Args, CONNECT_LIMIT, INTERVAL, describe,
+    load::{Load, Price},
+    rows, say,
+    table::{Table, tenths},
+};
+use crate::{
+    cluster::{
+        Store,
+        carrick::{self, Members, NAMESPACE, Prepared, Values},
+        power,
+        record::{Cluster, Clusters},
+        up::{self, Options, Progress, Temporary},
+    },
+    lab::on_interrupt,
+    process,
+};
+
+/// Of each cluster: two gateways and a worker.
+const NODES: u8 = 3;
+/// How long the API server is away.
+const AWAY: Duration = Duration::from_secs(30);
+
+/// Makes the clusters, tries everything, and removes them.
+pub fn run(args: &Args) -> Result<Table> {
+    let image = carrick::prepare(args.carrick.as_deref())?;
+    let made = Arc::new(Temporary::begin()?);
+    on_interrupt(&made, Temporary::end);
+    let table = tried(args, &image, &made);
+    // They have ended, were kept, or are being ended by an interrupt: then this waits.
+    made.end()?;
+    process::check_interrupted()?;
+    table
+}
+
+fn tried(args: &Args, image: &Prepared, made: &Temporary) -> Result<Table> {
+    let began = Instant::now();
+    let clusters = made.make(Options { store: Store::Etcd, nodes: NODES })?;
+    let mut demo = Demo { table: Table::default(), clusters, image };
+    let seconds = tenths(began.elapsed().as_secs_f64());
+    demo.table.hold("two clusters, each an API server and three nodes: Ready", true, seconds, "s");
+    if let Err(error) = demo.all(args.keep) {
+        process::check_interrupted()?;
+        demo.table.fail(&error);
+        demo.show_pods();
+    }
+    process::check_interrupted()?;
+    if args.keep {
+        made.keep()?;
+        say("the clusters stay: cargo xtask cluster status; when done: cargo xtask cluster down");
+    }
+    Ok(demo.table)
+}
+
+/// The demo as it runs.
+struct Demo<'a> {
+    table: Table,
+    clusters: Clusters,
+    image: &'a Prepared,
+}
+
+impl Demo<'_> {
+    fn all(&mut self, keep: bool) -> Result<()> {
+        let before = self.traces()?;
+        self.install()?;
+        self.table.begin("pods");
+        pods::start(&self.clusters)?;
+        let captures = self.underlay()?;
+        self.reach()?;
+        rows::underlay(&mut self.table, &captures.stop()?);
+        self.applied()?;
+        let sites = self.sites()?;
+        self.node_off()?;
+        self.pods_deleted()?;
+        self.tunnel_replaced()?;
+        self.upgraded()?;
+        self.api_server_away()?;
+        let name = "uplinks of both sites: clear text for a remote range, faults included";
+        rows::clear_text(&mut self.table, name, &sites.stop()?);
+        if keep { Ok(()) } else { self.uninstalled(&before) }
+    }
+
+    fn install(&mut self) -> Result<()> {
+        self.table.begin("gateways labelled, chart installed, folder applied: every node has every way after");
+        let began = Instant::now();
+        Members::of(&self.clusters)?.install(self.image, &Progress::start())?;
+        let seconds = tenths(began.elapsed().as_secs_f64());
+        self.table.hold(self.table.step(), true, seconds, "s");
+        Ok(())
+    }
+
+    /// Of pods of each kind of node, both ways.
+    fn reach(&mut self) -> Result<()> {
+        self.table.begin("pods reach pods");
+        let kinds = [("worker", 2), ("gateway", 0)];
+        for (kind, n) in kinds {
+            let (mn, va) = (self.pod("mn", n)?, self.pod("va", n)?);
+            for (from, a, to, b) in [("mn", &mn, "va", &va), ("va", &va, "mn", &mn)] {
+                let between = format!("{kind} pod of {from} to {kind} pod of {to}");
+                rows::pings(&mut self.table, &between, [a.end(), b.end()])?;
+                rows::page(&mut self.table, &between, [a.end(), b.end()])?;
+                rows::throughput(&mut self.table, &between, [a.end(), b.end()])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// From the call of kubectl to the first answer over the route that it adds.
+    fn applied(&mut self) -> Result<()> {
+        self.table.begin("a RouteAdvertisement applied with kubectl: answered after");
+        let (mn, va) = (self.pod("mn", 2)?, self.pod("va", 2)?);
+        let cluster = self.clusters.cluster("mn")?;
+        let route = cluster.kubectl(&["get", "routeadvertisement", "va", "-o", "yaml"], "")?;
+        cluster.kubectl(&["delete", "routeadvertisement", "va"], "")?;
+        let flow = Flow::start(&mn.network, &va.network, (va.ip, 0).into(), INTERVAL)?;
+        wait_for("nothing to arrive any more", CONNECT_LIMIT, || {
+            let before = flow.answered();
+            sleep(Duration::from_millis(500));
+            if flow.answered() == before { Ok(()) } else { Err("something does".to_owned()) }
+        })?;
+        flow.stop()?;
+        let flow = Flow::start(&mn.network, &va.network, (va.ip, 0).into(), INTERVAL)?;
+        let called = Instant::now();
+        cluster.kubectl(&["apply", "-f", "-"], &pods::without_identity(&route))?;
+        let answered = wait_for("an answer", CONNECT_LIMIT, || flow.first_answer().ok_or_else(|| "none".to_owned()))?;
+        flow.stop()?;
+        let milliseconds = tenths(answered.duration_since(called).as_secs_f64() * 1e3);
+        self.table.hold(self.table.step(), true, milliseconds, "ms");
+        self.wait_all()
+    }
+
+    fn node_off(&mut self) -> Result<()> {
+        self.under_load("a gateway node's power cut", Price::Some, |demo| demo.switch("mn-1", false))?;
+        self.under_load("that node's power back", Price::Some, |demo| {
+            demo.switch("mn-1", true)?;
+            up::wait_for_nodes(demo.clusters.cluster("mn")?)?;
+            demo.wait_all()
+        })
+    }
+
+    /// Of both clusters at once, as a hasty administrator does it.
+    fn pods_deleted(&mut self) -> Result<()> {
+        self.under_load("all agents' pods deleted by force", Price::Nothing, |demo| {
+            for cluster in &demo.clusters.clusters {
+                let pods = carrick::agents(cluster)?;
+                let names: Vec<&str> = pods.values().map(String::as_str).collect();
+                let options = ["-n", NAMESPACE, "delete", "pods", "--force", "--grace-period=0"];
+                cluster.kubectl(&[&options, &names[..]].concat(), "")?;
+            }
+            demo.wait_all()
+        })
+    }
+
+    /// As `values.yaml` says that it is to be done.
+    fn tunnel_replaced(&mut self) -> Result<()> {
+        self.under_load("a gateway drained, its tunnel's pod replaced", Price::Nothing, |demo| {
+            let cluster = demo.clusters.cluster("mn")?;
+            let at = |selector: &str| -> Result<String> {
+                let pod = carrick::by_node(cluster, selector)?.remove("mn-0");
+                pod.with_context(|| format!("no pod of {selector} runs on mn-0"))
+            };
+            let agent = at("app.kubernetes.io/component=gateway")?;
+            let drain = ["-n", NAMESPACE, "exec", agent.as_str(), "-c", "agent", "--", "carrick", "drain"];
+            cluster.kubectl_within(Duration::from_secs(60), &drain, "")?;
+            let old = at("app.kubernetes.io/component=tunnel")?;
+            cluster.kubectl_within(Duration::from_secs(60), &["-n", NAMESPACE, "delete", "pod", &old], "")?;
+            up::wait("a new tunnel", &[], || at("app.kubernetes.io/component=tunnel").map(drop))?;
+            cluster.kubectl(&[&drain[..], &["--undo"]].concat(), "")?;
+            demo.wait_all()
+        })
+    }
+
+    /// With a setting that every pod has, so that all are replaced, gateways one at a time.
+    fn upgraded(&mut self) -> Result<()> {
+        self.under_load("helm upgrade: all agents replaced", Price::Nothing, |demo| {
+            let more = [("extraEnv[0].name", "DEMO"), ("extraEnv[0].value", "upgraded")];
+            for cluster in &demo.clusters.clusters {
+                carrick::upgrade(cluster, &demo.values(cluster, &more))?;
+            }
+            for cluster in &demo.clusters.clusters {
+                carrick::wait_rolled_out(cluster)?;
+            }
+            demo.wait_all()
+        })
+    }
+
+    fn api_server_away(&mut self) -> Result<()> {
+        self.under_load("an API server killed, back after 30 s", Price::Nothing, |demo| {
+            let cluster = demo.clusters.cluster("mn")?;
+            cluster.control_plane.stop("kube-apiserver")?;
+            sleep(AWAY);
+            cluster.control_plane.start("kube-apiserver")?;
+            up::wait_for_server(cluster)?;
+            demo.wait_all()
+        })
+    }
+
+    fn uninstalled(&mut self, before: &[(String, BTreeSet<String>)]) -> Result<()> {
+        self.table.begin("uninstall");
+        for cluster in &self.clusters.clusters {
+            carrick::upgrade(cluster, &self.values(cluster, &[("uninstall", "true")]))?;
+        }
+        for cluster in &self.clusters.clusters {
+            carrick::wait_rolled_out(cluster)?;
+            carrick::uninstall(cluster)?;
+        }
+        for ((node, before), (_, now)) in before.iter().zip(self.traces()?) {
+            let left = difference(before, &now);
+            describe(&left);
+            self.table.hold(format!("after uninstall: left on {node}"), left.is_empty(), left.len(), "things");
+        }
+        Ok(())
+    }
+
+    /// Does something while worker pods talk, and says what it cost.
+    fn under_load(
+        &mut self,
+        name: &'static str,
+        price: Price,
+        fault: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        self.table.begin(name);
+        let (va, mn) = (self.pod("va", 2)?, self.pod("mn", 2)?);
+        let load = Load::start(va.end(), mn.end())?;
+        fault(self)?;
+        load.end(&mut self.table, name, price)
+    }
+
+    fn switch(&mut self, name: &str, on: bool) -> Result<()> {
+        let cgroups = self.clusters.cgroups.clone();
+        let (machine, switch) = self.clusters.machine_mut(name)?;
+        match on {
+            true => power::on_again(machine, switch)?,
+            false => power::off(machine, switch, &cgroups)?,
+        }
+        self.clusters.save()
+    }
+
+    /// What the chart is told in the end.
+    fn values(&self, cluster: &Cluster, more: &[(&str, &str)]) -> Values {
+        let more = more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        carrick::values(cluster, self.image).into_iter().chain(more).collect()
+    }
+
+    fn wait_all(&self) -> Result<()> {
+        Members::of(&self.clusters)?.wait_all()
+    }
+
+    /// On node `n` of a cluster.
+    fn pod(&self, cluster: &str, n: u8) -> Result<Pod> {
+        pods::on(self.clusters.cluster(cluster)?, &format!("{cluster}-{n}"))
+    }
+
+    /// On the internet's end of the uplink of the site behind NAT: all that passes between the two.
+    fn underlay(&self) -> Result<Captures> {
+        let va = self.clusters.cluster("va")?;
+        let internet = namespace("internet", self.clusters.internet)?;
+        let private = self.ranges(|_| true)?;
+        Captures::start([(internet, va.uplink.clone(), private)])
+    }
+
+    /// Where what leaves a site passes. Between its own nodes its own ranges may.
+    fn sites(&self) -> Result<Captures> {
+        let mut places = Vec::new();
+        for cluster in &self.clusters.clusters {
+            let network = namespace(&cluster.name, cluster.switch)?;
+            let private = self.ranges(|name| name != cluster.name)?;
+            places.push((network, cluster.control_plane.bridge.clone(), private));
+        }
+        Captures::start(places)
+    }
+
+    fn ranges(&self, of: impl Fn(&str) -> bool) -> Result<Vec<ipnetwork::IpNetwork>> {
+        let members = Members::of(&self.clusters)?;
+        let chosen = members.all.iter().filter(|(design, _)| of(design.name()));
+        Ok(chosen.flat_map(|(design, _)| design.member.pod_ranges()).collect())
+    }
+
+    /// By node, in order.
+    fn traces(&self) -> Result<Vec<(String, BTreeSet<String>)>> {
+        let nodes = self.clusters.clusters.iter().flat_map(|cluster| &cluster.nodes);
+        nodes.map(|node| Ok((node.name.clone(), traces::of(node)?))).collect()
+    }
+
+    fn show_pods(&self) {
+        for cluster in &self.clusters.clusters {
+            for question in [&["get", "pods", "-A", "-o", "wide"][..], &["-n", NAMESPACE, "describe", "pods"]] {
+                match cluster.kubectl(question, "") {
+                    Ok(text) => say(&format!("{}\n{text}", cluster.name)),
+                    Err(error) => say(&format!("{error:#}")),
+                }
+            }
+        }
+    }
+}
+
+fn namespace(name: &str, pid: u32) -> Result<Namespace> {
+    Namespace::of_process(name, Path::new(&format!("/proc/{pid}")))
+}
+
+/// Running captures.
+struct Captures(Vec<Capture>);
+
+impl Captures {
+    fn start(places: impl IntoIterator<Item = (Namespace, String, Vec<ipnetwork::IpNetwork>)>) -> Result<Captures> {
+        let start = |(network, interface, private): (Namespace, String, _)| {
+            let expected = Expected { tunnel: TUNNEL_PORT..=TUNNEL_PORT + DEVICES - 1, hop: HOP_PORT, private };
+            Capture::start(&network, &interface, expected)
+        };
+        Ok(Captures(places.into_iter().map(start).collect::<Result<_>>()?))
+    }
+
+    /// Ends them; the sum of what they saw.
+    fn stop(self) -> Result<Seen> {
+        let mut sum = Seen::default();
+        for capture in self.0 {
+            sum.add(capture.stop()?);
+        }
+        Ok(sum)
+    }
+}

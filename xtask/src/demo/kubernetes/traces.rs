@@ -1,0 +1,53 @@
+//! What Carrick could leave on a node of a real cluster: [`snapshot_by`] without what the cluster itself changes all the time.
+
+use std::collections::BTreeSet;
+
+use ::lab::carrick::snapshot_by;
+use anyhow::Result;
+
+use crate::cluster::record::{Machine, output};
+
+/// Words of lines that come and go with pods, and those of others' rules.
+const OTHERS: &[&str] =
+    &["veth", "cni0", "/run/containerd", "/run/netns", "/run/kubelet", "/run/flannel", "/run/sysctl"];
+/// Of the rulesets, only our table counts: kube-proxy's and flannel's follow their Services and nodes.
+const RULESET: &str = "nft ";
+const OUR_TABLE: &str = "carrick";
+
+/// One a line.
+pub fn of(node: &Machine) -> Result<BTreeSet<String>> {
+    let lines = snapshot_by(|program, arguments| output(node.command(program)?.args(arguments), ""))?;
+    Ok(lines.into_iter().filter(|line| counts(line)).collect())
+}
+
+fn counts(line: &str) -> bool {
+    match line.starts_with(RULESET) {
+        true => line.contains(OUR_TABLE),
+        false => !OTHERS.iter().any(|word| line.contains(word)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_carrick_could_leave_counts() {
+        for line in [
+            "ip -o link show: 7: carrick-hop: <BROADCAST> (1)",
+            "ip -4 rule show: 11: from all lookup 7473 proto kernel (1)",
+            "ip -4 route show table all: unreachable 10.44.0.0/16 table 7474 proto kernel (1)",
+            "ip -o address show: 1: lo inet6 fd77::1/128 scope global deprecated (1)",
+            "nft --stateless list ruleset: table inet carrick { (1)",
+            "find /run -print: /run/carrick/agent.sock (1)",
+            "find /sys/fs/bpf: /sys/fs/bpf/carrick (1)",
+        ] {
+            assert!(counts(line), "{line}");
+        }
+        for line in
+            ["ip -o link show: 9: veth12: <BROADCAST> (1)", "nft --stateless list ruleset: chain KUBE-SERVICES { (1)"]
+        {
+            assert!(!counts(line), "{line}");
+        }
+    }
+}
