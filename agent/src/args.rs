@@ -130,7 +130,10 @@ pub struct Api {
 impl Api {
     fn or_folders(&self, dirs: &[PathBuf], node: Option<NodeName>) -> Origin {
         match self.kube {
-            true => Origin::Kube(Server { kubeconfig: self.kubeconfig.clone(), node }),
+            // An empty variable is none, as to `kubectl`.
+            true => {
+                Origin::Kube(Server { kubeconfig: self.kubeconfig.clone().filter(|paths| !paths.is_empty()), node })
+            }
             false => Origin::Folders(dirs.to_vec()),
         }
     }
@@ -335,6 +338,15 @@ mod tests {
                 let node = server.node.map_or("nobody".to_owned(), |node| node.to_string());
                 format!("API server by {given}, for {node}")
             }
+        }
+    }
+
+    #[test]
+    fn an_empty_kubeconfig_is_none() {
+        for (given, used) in [(None, None), (Some(""), None), (Some("k"), Some("k"))] {
+            let api = Api { kube: true, kubeconfig: given.map(OsString::from) };
+            let Origin::Kube(server) = api.or_folders(&[], None) else { panic!("--kube is no folder") };
+            assert_eq!(server.kubeconfig, used.map(OsString::from));
         }
     }
 

@@ -10,7 +10,7 @@ mod prune;
 mod view;
 mod watch;
 
-use std::{ffi::OsString, time::Duration};
+use std::{ffi::OsString, panic::resume_unwind, time::Duration};
 
 use kube::{
     Api, Client,
@@ -103,31 +103,28 @@ async fn start(server: &Server) -> Result<(Client, View), ConnectError> {
 
 async fn run(view: &mut View, watches: &mut Watches, sender: &Sender<Followed>) {
     let began = Instant::now();
-    let mut settled = false;
+    let (mut settled, mut changed) = (false, true);
     loop {
-        watches.follow_nodes(view);
+        changed |= watches.follow_nodes(view);
         settled |= view.is_settled();
-        if settled {
+        if settled && std::mem::take(&mut changed) {
             publish(view.snapshot(), sender);
         }
         let due = began + view.next().unwrap_or(NEVER);
         tokio::select! {
             told = watches.next() => {
-                let mut changed = view.hear(began.elapsed(), told);
+                changed |= view.hear(began.elapsed(), told);
                 // A list tells of each object on its own, and of many there is one snapshot.
                 while let Some(told) = watches.heard() {
                     changed |= view.hear(began.elapsed(), told);
                 }
-                if !changed {
-                    continue;
-                }
             }
-            () = sleep_until(due) => view.tick(began.elapsed()),
+            () = sleep_until(due) => changed |= view.tick(began.elapsed()),
         }
     }
 }
 
-/// The tasks that watch. They end with this.
+/// The tasks that watch. They end with this, and this with one that panics.
 struct Watches {
     client: Client,
     tell: mpsc::Sender<Told>,
@@ -155,8 +152,8 @@ impl Watches {
         Watches { client, tell, told, tasks, own_node: false, nodes: None, generation: 0 }
     }
 
-    /// Begins and ends the watches of Nodes, as the view needs them.
-    fn follow_nodes(&mut self, view: &mut View) {
+    /// Begins and ends the watches of Nodes, as the view needs them. Returns whether the view is another.
+    fn follow_nodes(&mut self, view: &mut View) -> bool {
         if let (false, Some(name)) = (self.own_node, view.me()) {
             self.own_node = true;
             let own = watcher::Config::default().fields(&format!("metadata.name={name}"));
@@ -170,18 +167,27 @@ impl Watches {
                 let told = move |heard| Told::Nodes(generation, heard);
                 self.nodes = Some(self.tasks.spawn(all.run(self.tell.clone(), told)));
                 view.begin_nodes(generation);
+                true
             }
             (Some(task), false) => {
                 task.abort();
                 self.nodes = None;
                 view.end_nodes();
+                true
             }
-            _ => {}
+            _ => false,
         }
     }
 
     async fn next(&mut self) -> Told {
-        self.told.recv().await.expect("we hold a sender")
+        loop {
+            tokio::select! {
+                told = self.told.recv() => return told.expect("we hold a sender"),
+                Some(Err(ended)) = self.tasks.join_next() => if let Ok(panic) = ended.try_into_panic() {
+                    resume_unwind(panic);
+                },
+            }
+        }
     }
 
     fn heard(&mut self) -> Option<Told> {
@@ -205,4 +211,36 @@ fn nodes(client: &Client, config: watcher::Config) -> Watch<prune::KubeNode> {
         plural: "nodes".to_owned(),
     };
     Watch { api: Api::all_with(client.clone(), &node), kind: Kind::Kubernetes { plural: "nodes" }, config }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of an API server that is not there.
+    fn watches() -> Watches {
+        let config = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
+        Watches::new(Client::try_from(config).unwrap())
+    }
+
+    #[tokio::test]
+    #[should_panic(expected = "a bug")]
+    async fn a_watch_that_panics_is_not_just_missing() {
+        let mut watches = watches();
+        watches.tasks.spawn(async { panic!("a bug") });
+        loop {
+            watches.next().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_watch_that_is_ended_is_no_bug() {
+        let mut watches = watches();
+        watches.tasks.spawn(std::future::pending()).abort();
+        let before = watches.tasks.len();
+        while watches.tasks.len() == before {
+            watches.next().await;
+        }
+        watches.next().await;
+    }
 }

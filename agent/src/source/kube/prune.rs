@@ -59,7 +59,7 @@ pub(super) fn opened<K: Prune>(guarded: DeserializeGuard<K>) -> Result<K::Pruned
 }
 
 /// Without the texts that it cites: somebody may have put a key there.
-fn unquoted(message: &str) -> String {
+pub(super) fn unquoted(message: &str) -> String {
     let parts = message.split('"').enumerate();
     parts.map(|(i, part)| if i % 2 == 0 { part } else { "\"…\"" }).collect()
 }

@@ -2,14 +2,15 @@
 //!
 //! Invariants: there is no snapshot until our four kinds have been listed whole, and this node's own Node is known. From
 //! then on there always is one. What is told of one kind changes nothing about another, so the order between kinds does
-//! not matter.
+//! not matter. And it is not complete before a MeshCluster has been known: to an agent that has just started, an API server
+//! on an empty store looks like a mesh without members.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use super::watch::{Heard, Trouble};
 use crate::{
     api::{EgressPolicy, MeshCluster, MeshGateway, Objects, RouteAdvertisement, v1},
-    slot,
+    slot::{self, Wish},
     source::{
         NotSynced, Problem, Snapshot,
         store::{Event, GRACE, Store},
@@ -19,6 +20,8 @@ use crate::{
 /// Names told of what a doubted list lacks.
 const MAX_NAMES: usize = 5;
 const STANDS: &str = "what it said before stays in force";
+const NO_CLUSTER: &str = "there is none, nor has there been one since this start: nothing is taken away on the strength \
+                          of that. Apply the mesh's manifests; a node that is to leave it, `carrick cleanup` clears";
 
 /// What one watch tells.
 #[derive(Clone, Debug)]
@@ -49,7 +52,7 @@ struct Kind<T> {
     trouble: Option<Trouble>,
 }
 
-impl<T: Clone> Kind<T> {
+impl<T: Clone + PartialEq> Kind<T> {
     fn new(name: &'static str) -> Kind<T> {
         Kind { name, store: Store::default(), trouble: None }
     }
@@ -143,7 +146,9 @@ impl Trouble {
     /// With the remedy.
     fn told(&self) -> &str {
         match self {
-            Trouble::NotServed => "the API server does not have this kind: install the chart's CRDs",
+            Trouble::NotServed => {
+                "the API server does not have this kind, or is about to lose it: install the chart's CRDs"
+            }
             Trouble::Other(why) => why,
         }
     }
@@ -154,6 +159,8 @@ pub(super) struct View {
     host: String,
     me: Option<String>,
     clusters: Kind<MeshCluster>,
+    /// Whether any MeshCluster has ever been known.
+    had_clusters: bool,
     advertisements: Kind<RouteAdvertisement>,
     policies: Kind<EgressPolicy>,
     gateways: Kind<MeshGateway>,
@@ -172,6 +179,7 @@ impl View {
             host,
             me,
             clusters: Kind::new("MeshClusters"),
+            had_clusters: false,
             advertisements: Kind::new("RouteAdvertisements"),
             policies: Kind::new("EgressPolicies"),
             gateways: Kind::new("MeshGateways"),
@@ -193,7 +201,11 @@ impl View {
     /// Returns whether anything is different.
     pub(super) fn hear(&mut self, now: Duration, told: Told) -> bool {
         match told {
-            Told::Clusters(heard) => self.clusters.hear(now, heard),
+            Told::Clusters(heard) => {
+                let news = self.clusters.hear(now, heard);
+                self.had_clusters |= self.clusters.objects().next().is_some();
+                news
+            }
             Told::Advertisements(heard) => self.advertisements.hear(now, heard),
             Told::Policies(heard) => self.policies.hear(now, heard),
             Told::Gateways(heard) => self.gateways.hear(now, heard),
@@ -208,14 +220,14 @@ impl View {
         }
     }
 
-    /// Lets go of what was doubted for long enough.
-    pub(super) fn tick(&mut self, now: Duration) {
-        self.clusters.store.tick(now);
-        self.advertisements.store.tick(now);
-        self.policies.store.tick(now);
-        self.gateways.store.tick(now);
-        self.own.store.tick(now);
-        self.nodes.store.tick(now);
+    /// Lets go of what was doubted for long enough. Returns whether anything is different.
+    pub(super) fn tick(&mut self, now: Duration) -> bool {
+        let mut changed = self.clusters.store.tick(now);
+        changed |= self.advertisements.store.tick(now);
+        changed |= self.policies.store.tick(now);
+        changed |= self.gateways.store.tick(now);
+        changed |= self.own.store.tick(now);
+        changed | self.nodes.store.tick(now)
     }
 
     /// When [`View::tick`] has something to do next.
@@ -227,7 +239,8 @@ impl View {
 
     /// Whether all Nodes are to be watched.
     pub(super) fn wants_nodes(&self) -> bool {
-        let gateway = |own: &v1::Node| own.metadata.labels.contains_key(slot::LABEL);
+        let label = |own: &v1::Node| own.metadata.labels.get(slot::LABEL).cloned();
+        let gateway = |own| Wish::of(label(own).as_deref()).is_ok_and(|wish| wish != Wish::Worker);
         self.me.is_none() || self.last_own.as_ref().is_some_and(gateway)
     }
 
@@ -253,6 +266,9 @@ impl View {
         let (nodes, nodes_are_complete) = self.nodes();
         let ours = self.clusters.is_complete() && self.advertisements.is_complete() && self.policies.is_complete();
         let mut problems: Vec<Problem> = self.clusters.problems(&self.host).collect();
+        if !self.had_clusters {
+            problems.push(problem(format!("{} {}", self.host, self.clusters.name), NO_CLUSTER.to_owned()));
+        }
         problems.extend(self.advertisements.problems(&self.host));
         problems.extend(self.policies.problems(&self.host));
         problems.extend(self.gateways.problems(&self.host));
@@ -272,7 +288,7 @@ impl View {
             nodes,
             pods: Vec::new(),
         };
-        let complete = ours && self.gateways.is_complete() && nodes_are_complete;
+        let complete = ours && self.had_clusters && self.gateways.is_complete() && nodes_are_complete;
         Ok(Snapshot { objects, complete, problems })
     }
 

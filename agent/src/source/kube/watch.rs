@@ -1,17 +1,20 @@
 //! The watch of one kind: [`Watch::run`] tells what the API server says, for ever.
 //!
-//! A list is streamed where the API server can, else paged. Whatever fails begins anew after a growing, jittered pause:
-//! a compacted history (410), a broken stream, an API server that has fallen silent.
+//! Whatever fails begins anew after a growing, jittered pause: a compacted history (410), a broken stream, an API server
+//! that has fallen silent.
 //!
-//! Invariant: a deletion is told only while the kind stands. When a CRD is deleted, the API server first deletes every
-//! object of it, and each of these deletions reaches the watches like any other.
+//! Invariants: a list is paged and consistent, never older than what was told before. And a list, or a deletion, is told
+//! only if the kind's CRD has stood from before the list began until after: when a CRD is deleted, the API server first
+//! deletes every object of it, and each of these deletions reaches the watches like any other.
 
 use std::{fmt::Debug, pin::pin, time::Duration};
 
 use futures::TryStreamExt;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::{
     Api, Client, Error, Resource, ResourceExt,
-    core::{DeserializeGuard, Status},
+    client::AuthError,
+    core::{DeserializeGuard, ObjectMeta, Status},
     runtime::{
         utils::Backoff,
         watcher::{self, DefaultBackoff, watcher},
@@ -24,14 +27,17 @@ use tokio::{
 };
 
 use super::{
-    prune::{Prune, opened},
+    connect,
+    prune::{Prune, opened, unquoted},
     view::Told,
 };
 use crate::{agent::with_cause, source::store::Event};
 
-const GROUP_VERSION: &str = "carrick.dev/v1alpha1";
+const GROUP: &str = "carrick.dev";
 /// What has gone on for so long was well until then: longer than it takes to connect in vain.
 const WELL: Duration = Duration::from_secs(20);
+/// Pauses grow to this, and by jitter to twice that.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// What a watch tells.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,7 +50,7 @@ pub(super) enum Heard<T> {
 /// Why nothing can be heard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Trouble {
-    /// The API server does not know the kind (any more).
+    /// The API server does not know the kind, or is about to lose it, or has just lost all of its objects.
     NotServed,
     /// With what to do.
     Other(String),
@@ -62,19 +68,21 @@ pub(super) enum Kind {
     },
 }
 
+/// By what a kind stands. One that is made anew stands by another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Ground {
+    Kubernetes,
+    /// Its uid.
+    Crd(String),
+}
+
 impl Kind {
-    /// Whether the API server has it and is not about to lose it: of a CRD that is being deleted objects can be read, but
-    /// not made.
-    async fn stands(&self) -> Result<bool, Error> {
-        let Kind::Ours { plural, client } = self else { return Ok(true) };
-        match client.list_api_group_resources(GROUP_VERSION).await {
-            Ok(served) => Ok(served
-                .resources
-                .iter()
-                .any(|resource| resource.name == *plural && resource.verbs.iter().any(|verb| verb == "create"))),
-            Err(Error::Api(status)) if status.code == 404 => Ok(false),
-            Err(error) => Err(error),
-        }
+    /// By what it stands now, by a consistent read; `None`: it does not.
+    async fn ground(&self) -> Result<Option<Ground>, Error> {
+        let Kind::Ours { plural, client } = self else { return Ok(Some(Ground::Kubernetes)) };
+        let crds = Api::<CustomResourceDefinition>::all(client.clone());
+        let crd = crds.get_metadata_opt(&format!("{plural}.{GROUP}")).await?;
+        Ok(crd.and_then(|crd| of_crd(crd.metadata)))
     }
 
     fn plural(&self) -> &'static str {
@@ -84,6 +92,11 @@ impl Kind {
     }
 }
 
+/// Of a CRD that is being deleted, objects can still be read: while they go, one by one.
+fn of_crd(crd: ObjectMeta) -> Option<Ground> {
+    crd.uid.filter(|_| crd.deletion_timestamp.is_none()).map(Ground::Crd)
+}
+
 pub(super) struct Watch<K> {
     pub(super) api: Api<DeserializeGuard<K>>,
     pub(super) kind: Kind,
@@ -91,14 +104,11 @@ pub(super) struct Watch<K> {
 }
 
 /// Why a watch has to begin anew.
+#[derive(Debug, PartialEq, Eq)]
 enum End {
     /// Nobody listens.
     Unheard,
-    NotServed,
-    Failed {
-        why: String,
-        streaming: bool,
-    },
+    Trouble(Trouble),
 }
 
 impl<K> Watch<K>
@@ -108,99 +118,73 @@ where
 {
     pub(super) async fn run(self, tell: mpsc::Sender<Told>, told: impl Fn(Heard<K::Pruned>) -> Told + Send) {
         let mut pauses = DefaultBackoff::default();
-        let (mut streams, mut stands) = (true, true);
         loop {
             let began = Instant::now();
-            let end = self.once(streams, stands, &tell, &told).await;
+            let End::Trouble(trouble) = self.once(&tell, &told).await else { return };
             if began.elapsed() > WELL {
                 pauses.reset();
             }
-            stands = !matches!(end, End::NotServed);
-            let trouble = match end {
-                End::Unheard => return,
-                End::NotServed => Trouble::NotServed,
-                End::Failed { why, streaming } => {
-                    streams &= streaming;
-                    Trouble::Other(why)
-                }
-            };
             if tell.send(told(Heard::Failed(trouble))).await.is_err() {
                 return;
             }
-            match pauses.next() {
-                Some(pause) => sleep(pause).await,
-                None => pauses.reset(),
-            }
+            sleep(pauses.next().unwrap_or(LONGEST_PAUSE)).await;
         }
     }
 
-    /// One list and what follows it, until something fails. `stands`: the kind was there when it was last seen.
-    async fn once(
-        &self,
-        streams: bool,
-        stands: bool,
-        tell: &mpsc::Sender<Told>,
-        told: &(impl Fn(Heard<K::Pruned>) -> Told + Send),
-    ) -> End {
-        if !stands && let Some(end) = self.unserved().await {
-            return end;
-        }
-        let config = if streams { self.config.clone().streaming_lists() } else { self.config.clone() };
-        let mut events = pin!(watcher(self.api.clone(), config));
-        let mut listing = true;
+    /// One list and what follows it, until something fails.
+    async fn once(&self, tell: &mpsc::Sender<Told>, told: &(impl Fn(Heard<K::Pruned>) -> Told + Send)) -> End {
+        let before = match self.ground().await {
+            Ok(ground) => ground,
+            Err(end) => return end,
+        };
+        let mut events = pin!(watcher(self.api.clone(), self.config.clone()));
         loop {
             let event = match events.try_next().await {
                 Ok(Some(event)) => event,
-                Ok(None) => return End::Failed { why: "the watch has ended".to_owned(), streaming: streams },
-                Err(error) => return self.ended(&error, listing),
+                Ok(None) => return End::Trouble(Trouble::Other("the watch has ended".to_owned())),
+                Err(error) => return End::Trouble(trouble(&error, self.kind.plural())),
             };
+            if matches!(event, watcher::Event::InitDone | watcher::Event::Delete(_)) {
+                match self.ground().await {
+                    Ok(now) if now == before => {}
+                    Ok(_) => return End::Trouble(Trouble::NotServed),
+                    Err(end) => return end,
+                }
+            }
             let event = match event {
                 watcher::Event::Init => Event::ListBegins,
                 watcher::Event::InitApply(object) => Event::Listed(object.name_any(), opened(object)),
                 watcher::Event::InitDone => Event::ListEnds,
                 watcher::Event::Apply(object) => Event::Set(object.name_any(), opened(object)),
-                watcher::Event::Delete(object) => match self.unserved().await {
-                    None => Event::Deleted(object.name_any()),
-                    Some(end) => return end,
-                },
+                watcher::Event::Delete(object) => Event::Deleted(object.name_any()),
             };
-            listing = matches!(event, Event::ListBegins | Event::Listed(..));
             if tell.send(told(Heard::Event(event))).await.is_err() {
                 return End::Unheard;
             }
         }
     }
 
-    async fn unserved(&self) -> Option<End> {
-        match self.kind.stands().await {
-            Ok(true) => None,
-            Ok(false) => Some(End::NotServed),
-            Err(error) => Some(End::Failed { why: failure(&error, self.kind.plural()), streaming: true }),
+    /// By what the kind stands now.
+    async fn ground(&self) -> Result<Ground, End> {
+        match self.kind.ground().await {
+            Ok(Some(ground)) => Ok(ground),
+            Ok(None) => Err(End::Trouble(Trouble::NotServed)),
+            Err(error) => Err(End::Trouble(Trouble::Other(failure(&error, self.kind.plural())))),
         }
     }
+}
 
-    fn ended(&self, error: &watcher::Error, listing: bool) -> End {
-        let plural = self.kind.plural();
-        match error {
-            watcher::Error::WatchStartFailed(Error::Api(status))
-            | watcher::Error::InitialListFailed(Error::Api(status))
-                if status.code == 404 =>
-            {
-                End::NotServed
-            }
-            watcher::Error::WatchStartFailed(error) => End::Failed {
-                why: failure(error, plural),
-                // "Bad request" and "invalid": it cannot stream lists.
-                streaming: !matches!(error, Error::Api(status) if matches!(status.code, 400 | 422)),
-            },
-            watcher::Error::InitialListFailed(error) => End::Failed { why: failure(error, plural), streaming: false },
-            // In the middle of a streamed list: an etcd that is too old for it shows itself so.
-            watcher::Error::WatchFailed(error) => End::Failed { why: failure(error, plural), streaming: !listing },
-            watcher::Error::WatchError(status) => End::Failed { why: refusal(status, plural), streaming: !listing },
-            watcher::Error::NoResourceVersion => {
-                End::Failed { why: format!("gives {plural} no resourceVersion"), streaming: false }
-            }
+fn trouble(error: &watcher::Error, plural: &str) -> Trouble {
+    use watcher::Error::{InitialListFailed, NoResourceVersion, WatchError, WatchFailed, WatchStartFailed};
+    match error {
+        WatchStartFailed(Error::Api(status)) | InitialListFailed(Error::Api(status)) if status.code == 404 => {
+            Trouble::NotServed
         }
+        WatchStartFailed(error) | InitialListFailed(error) | WatchFailed(error) => {
+            Trouble::Other(failure(error, plural))
+        }
+        WatchError(status) => Trouble::Other(refusal(status, plural)),
+        NoResourceVersion => Trouble::Other(format!("gives {plural} no resourceVersion")),
     }
 }
 
@@ -208,12 +192,13 @@ where
 fn failure(error: &Error, plural: &str) -> String {
     match error {
         Error::Api(status) => refusal(status, plural),
-        Error::Service(source) => {
-            format!("does not answer ({}): is it up, and is the address right?", with_cause(source.as_ref()))
-        }
+        Error::Service(source) => match source.downcast_ref::<AuthError>() {
+            Some(error) => format!("cannot be asked: correct its credentials: {}", connect::auth_told(error)),
+            None => format!("does not answer ({}): is it up, and is the address right?", with_cause(source.as_ref())),
+        },
         // Its text says nothing but that the stream has ended before its end.
         Error::ReadEvents(_) => "has fallen silent, or breaks its watches off: asking it anew".to_owned(),
-        error => format!("{plural} cannot be watched: {error}"),
+        error => format!("{plural} cannot be watched: {}", unquoted(&error.to_string())),
     }
 }
 
@@ -224,5 +209,76 @@ fn refusal(status: &Status, plural: &str) -> String {
         403 => format!("{message} (403): grant it, as the chart's RBAC does"),
         410 => format!("has forgotten where the watch of {plural} was: listing anew (410)"),
         code => format!("{plural} cannot be watched: {code} {message}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use expect_test::expect;
+    use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+
+    use super::*;
+
+    fn status(code: u16, message: &str) -> Box<Status> {
+        Status::failure(message, "").with_code(code).boxed()
+    }
+
+    #[test]
+    fn what_ends_a_watch_is_told_with_its_remedy() {
+        use watcher::Error::{InitialListFailed, NoResourceVersion, WatchError, WatchFailed, WatchStartFailed};
+        let api = |code, message| Error::Api(status(code, message));
+        let refused = || io::Error::new(io::ErrorKind::ConnectionRefused, "connection refused");
+        let json = serde_json::from_str::<i64>("\"c2VjcmV0\"").unwrap_err();
+        let forbidden = "meshclusters.carrick.dev is forbidden: User \"w\" cannot list resource \"meshclusters\"";
+        let credentials = AuthError::AuthExec("No id-token for oidc Authentication provider".to_owned());
+        let ends = [
+            InitialListFailed(api(404, "404 page not found")),
+            WatchStartFailed(api(404, "404 page not found")),
+            InitialListFailed(api(401, "Unauthorized")),
+            InitialListFailed(api(403, forbidden)),
+            InitialListFailed(api(410, "The provided continue parameter is too old")),
+            InitialListFailed(api(429, "the server has received too many requests")),
+            InitialListFailed(api(500, "etcdserver: request timed out")),
+            InitialListFailed(Error::Service(Box::new(refused()))),
+            InitialListFailed(Error::Service(Box::new(credentials))),
+            InitialListFailed(Error::SerdeError(json)),
+            WatchStartFailed(api(504, "Too large resource version: 7, current: 5")),
+            WatchFailed(Error::ReadEvents(refused())),
+            WatchError(status(410, "too old resource version: 1 (9)")),
+            // Only a request can find that a kind is not served.
+            WatchError(status(404, "not found")),
+            NoResourceVersion,
+        ];
+        let told: String = ends.iter().map(|end| format!("{:?}\n", trouble(end, "meshclusters"))).collect();
+        expect![[r#"
+            NotServed
+            NotServed
+            Other("does not accept our token or certificate: renew the credentials (401 Unauthorized)")
+            Other("meshclusters.carrick.dev is forbidden: User \"w\" cannot list resource \"meshclusters\" (403): grant it, as the chart's RBAC does")
+            Other("has forgotten where the watch of meshclusters was: listing anew (410)")
+            Other("meshclusters cannot be watched: 429 the server has received too many requests")
+            Other("meshclusters cannot be watched: 500 etcdserver: request timed out")
+            Other("does not answer (connection refused): is it up, and is the address right?")
+            Other("cannot be asked: correct its credentials: failed exec auth: No id-token for oidc Authentication provider")
+            Other("meshclusters cannot be watched: Error deserializing response: invalid type: string \"…\", expected i64 at line 1 column 10")
+            Other("meshclusters cannot be watched: 504 Too large resource version: 7, current: 5")
+            Other("has fallen silent, or breaks its watches off: asking it anew")
+            Other("has forgotten where the watch of meshclusters was: listing anew (410)")
+            Other("meshclusters cannot be watched: 404 not found")
+            Other("gives meshclusters no resourceVersion")
+        "#]].assert_eq(&told);
+    }
+
+    #[test]
+    fn a_kind_stands_by_the_uid_of_its_crd_until_that_is_being_deleted() {
+        let crd = |uid: &str| ObjectMeta { uid: Some(uid.to_owned()), ..ObjectMeta::default() };
+        let deleted = ObjectMeta { deletion_timestamp: Some(Time(Timestamp::UNIX_EPOCH)), ..crd("a") };
+        assert_eq!(of_crd(crd("a")), of_crd(crd("a")));
+        assert_ne!(of_crd(crd("a")), of_crd(crd("b")));
+        assert_ne!(of_crd(crd("a")), None);
+        assert_eq!(of_crd(deleted), None);
+        assert_eq!(of_crd(ObjectMeta::default()), None);
     }
 }

@@ -100,8 +100,8 @@ fn a_half_synced_view_says_what_it_waits_for() {
     check(
         &view,
         expect![[r#"
-        not synced: https://api: RouteAdvertisements, MeshGateways: not listed yet; EgressPolicies: the API server does not have this kind: install the chart's CRDs; there is no usable Node w1: name this node as its Node is, with --node-name
-    "#]],
+            not synced: https://api: RouteAdvertisements, MeshGateways: not listed yet; EgressPolicies: the API server does not have this kind, or is about to lose it: install the chart's CRDs; there is no usable Node w1: name this node as its Node is, with --node-name
+        "#]],
     );
 }
 
@@ -117,6 +117,31 @@ fn a_worker_knows_the_nodes_of_gateways_by_what_these_say() {
         Node w1 192.0.2.9
     "#]],
     );
+}
+
+#[test]
+fn an_agent_that_starts_on_an_empty_store_takes_nothing_away() {
+    let mut view = View::new("https://api".to_owned(), Some("w1".to_owned()));
+    tell(&mut view, Told::Clusters, list(&[]));
+    tell(&mut view, Told::Advertisements, list(&[]));
+    tell(&mut view, Told::Policies, list(&[]));
+    tell(&mut view, Told::Gateways, list(&[]));
+    tell(&mut view, Told::OwnNode, list(&[node("w1", "192.0.2.9", &[])]));
+    let empty = rendered(&view);
+    view.hear(Duration::ZERO, Told::Clusters(set(cluster("mn", 1))));
+    let applied = rendered(&view);
+    view.hear(Duration::ZERO, Told::Clusters(Heard::Event(Event::Deleted("mn".to_owned()))));
+    let deleted = rendered(&view);
+    expect![[r#"
+        incomplete
+        Node w1 192.0.2.9
+        https://api MeshClusters: there is none, nor has there been one since this start: nothing is taken away on the strength of that. Apply the mesh's manifests; a node that is to leave it, `carrick cleanup` clears
+        complete
+        MeshCluster mn 1
+        Node w1 192.0.2.9
+        complete
+        Node w1 192.0.2.9
+    "#]].assert_eq(&format!("{empty}{applied}{deleted}"));
 }
 
 #[test]
@@ -153,6 +178,17 @@ fn a_gateway_watches_all_nodes_for_as_long_as_its_own_says_so() {
         Node w1 192.0.2.9
     "#]]
     .assert_eq(&format!("{before}{after}{ended}"));
+}
+
+#[test]
+fn a_label_that_names_no_slot_makes_no_gateway() {
+    let mut view = synced();
+    for (label, gateway) in [("0", true), ("7", true), ("auto", true), ("8", false), ("", false), ("gateway", false)] {
+        let (name, mut own) = node("w1", "192.0.2.9", &[]);
+        own.as_mut().unwrap().metadata.labels.insert(slot::LABEL.to_owned(), label.to_owned());
+        view.hear(Duration::ZERO, Told::OwnNode(set((name, own))));
+        assert_eq!(view.wants_nodes(), gateway, "{label:?}");
+    }
 }
 
 #[test]
@@ -220,7 +256,7 @@ fn a_kind_that_is_lost_stays_and_comes_back() {
         MeshCluster va 2
         Node g1 192.0.2.1
         Node w1 192.0.2.9
-        https://api MeshClusters: the API server does not have this kind: install the chart's CRDs (what it said before stays in force)
+        https://api MeshClusters: the API server does not have this kind, or is about to lose it: install the chart's CRDs (what it said before stays in force)
         incomplete
         MeshCluster mn 1
         MeshCluster va 2
@@ -315,6 +351,17 @@ proptest! {
             let changed = view.hear(Duration::ZERO, told);
             prop_assert!(before.is_err() || view.snapshot().is_ok());
             prop_assert!(changed || before == view.snapshot());
+        }
+    }
+
+    #[test]
+    fn nothing_is_taken_away_before_a_mesh_cluster_was_known(news in vec(told(), 0..30)) {
+        let mut view = View::new(String::new(), Some("w1".to_owned()));
+        let mut known = false;
+        for told in news.into_iter().flatten() {
+            view.hear(Duration::ZERO, told);
+            known |= view.clusters.objects().next().is_some();
+            prop_assert!(known || !view.snapshot().is_ok_and(|snapshot| snapshot.complete));
         }
     }
 
