@@ -2,40 +2,20 @@
 
 use anyhow::{Context, Result, ensure};
 use expect_test::{Expect, expect};
-use lab::{carrick::Running, wait_for};
+use lab::wait_for;
 use serde_json::{Value, json};
 
 use super::{
     client::Ask,
-    world::{GATEWAY, KEYS, MESH, RANGES, RBAC, WORKER, World, advertisement, cluster},
+    world::{GATEWAY, MESH, RBAC, VA, WORKER, World, advertisement},
 };
 use crate::joined::{SOON, says};
 
-/// A part of what the other member offers: it stands for all of it.
-const VA: &str = "10.44.0.0/16";
+const NO_MESH: &str = "MeshClusters: there is none, nor has there been one since this start: nothing is taken away. Apply the \
+                       mesh's manifests; a node that is to leave it, `carrick cleanup` clears";
+const FILLING: &str = "MeshClusters: there was none at this start: nothing is taken away until what is applied now has not \
+                       changed for 30 s";
 const CRDS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
-
-/// The mesh: this member, whose gateway's key is the one that it has made, and another that nobody answers for.
-fn put_mesh(world: &World) -> Result<()> {
-    let gateway = wait_for("the gateway's MeshGateway", SOON, || {
-        let ask = Ask::get(&format!("{MESH}/meshgateways/0"));
-        world.admin(&ask).map_err(|error| format!("{error:#}"))
-    })?;
-    let key = gateway["spec"]["publicKey"].as_str().context("a key")?;
-    world.put("meshclusters", &[cluster("mn", 1, key, &RANGES), cluster("va", 2, KEYS[1], &["10.44.0.0/15"])])?;
-    world.put("routeadvertisements", &[advertisement("mn", &RANGES), advertisement("va", &[VA])])
-}
-
-/// Agents on both nodes, and the mesh in their kernels.
-fn start(world: &World) -> Result<[Running; 2]> {
-    let running = [world.start(GATEWAY)?, world.start(WORKER)?];
-    put_mesh(world)?;
-    for node in [GATEWAY, WORKER] {
-        world.wait_route(node, VA, true)?;
-        world.wait_well(node)?;
-    }
-    Ok(running)
-}
 
 fn check(world: &World, node: usize, wanted: &Expect) -> Result<()> {
     wanted.assert_eq(&world.routes(node)?);
@@ -43,7 +23,7 @@ fn check(world: &World, node: usize, wanted: &Expect) -> Result<()> {
 }
 
 pub(super) fn objects_arrive_are_followed_and_go_at_once_when_deleted(world: &mut World) -> Result<()> {
-    let _agents = start(world)?;
+    let _agents = world.start_both()?;
     check(world, WORKER, &expect![[r#"
         7473 10.44.0.0/16 dev carrick-hop proto kernel scope link src 10.42.1.1 mtu 1420
         7474 unreachable 10.44.0.0/16 proto kernel
@@ -78,7 +58,7 @@ pub(super) fn objects_arrive_are_followed_and_go_at_once_when_deleted(world: &mu
 }
 
 pub(super) fn a_crd_that_is_deleted_takes_nothing_away_and_comes_back(world: &mut World) -> Result<()> {
-    let agents = start(world)?;
+    let agents = world.start_both()?;
     let before = [world.routes(GATEWAY)?, world.routes(WORKER)?];
     let names = ["meshclusters.carrick.dev", "routeadvertisements.carrick.dev"];
     let crds = names.map(|name| world.admin(&Ask::get(&format!("{CRDS}/{name}"))));
@@ -97,7 +77,7 @@ pub(super) fn a_crd_that_is_deleted_takes_nothing_away_and_comes_back(world: &mu
     // One that starts now does not know what it had: its kernel does.
     let [gateway, worker] = agents;
     worker.agent.kill()?;
-    let _worker = world.start_agent(WORKER)?;
+    let restarted = world.start_agent(WORKER)?;
     world.wait_status(WORKER, "that it has not read everything", |status| status["synced"] == false)?;
     ensure!(world.routes(WORKER)? == before[WORKER]);
 
@@ -118,7 +98,12 @@ pub(super) fn a_crd_that_is_deleted_takes_nothing_away_and_comes_back(world: &mu
         })?;
         ensure!(world.routes(node)? == before[node]);
     }
-    wait_for("the mesh to be put back", SOON, || put_mesh(world).map_err(|error| format!("{error:#}")))?;
+    wait_for("the mesh to be put back", SOON, || world.put_mesh().map_err(|error| format!("{error:#}")))?;
+    // Who knew it before trusts it at once; the other one's successor finds it whole.
+    world.wait_well(GATEWAY)?;
+    restarted.kill()?;
+    ensure!(world.routes(WORKER)? == before[WORKER]);
+    let _restarted = world.start_agent(WORKER)?;
     for node in [GATEWAY, WORKER] {
         world.wait_well(node)?;
         ensure!(world.routes(node)? == before[node]);
@@ -128,24 +113,31 @@ pub(super) fn a_crd_that_is_deleted_takes_nothing_away_and_comes_back(world: &mu
 }
 
 pub(super) fn a_restart_on_an_empty_list_takes_nothing_away(world: &mut World) -> Result<()> {
-    let [gateway, worker] = start(world)?;
-    let before = world.routes(WORKER)?;
+    let [gateway, worker] = world.start_both()?;
+    let before = [world.routes(GATEWAY)?, world.routes(WORKER)?];
     worker.agent.kill()?;
     gateway.agent.kill()?;
     for plural in ["meshclusters", "routeadvertisements"] {
         world.admin(&Ask::delete(&format!("{MESH}/{plural}")))?;
     }
-    let _agents = [world.start_agent(GATEWAY)?, world.start_agent(WORKER)?];
-    world.wait_status(WORKER, "that there is no mesh", |status| !world.problems(status).is_empty())?;
-    ensure!(world.routes(WORKER)? == before, "{}", world.routes(WORKER)?);
-    put_mesh(world)?;
-    world.wait_well(WORKER)?;
-    ensure!(world.routes(WORKER)? == before);
+    let agents = [world.start_agent(GATEWAY)?, world.start_agent(WORKER)?];
+    for node in [GATEWAY, WORKER] {
+        let none = |status: &Value| status["synced"] == true && !world.problems(status).is_empty();
+        let told = world.wait_status(node, "that there is no mesh", none)?;
+        expect![[r#""#]].assert_eq(&world.problems(&told).join("
+"));
+        ensure!(world.routes(node)? == before[node], "{}", world.routes(node)?);
+    }
+    world.put_mesh()?;
+    for node in [GATEWAY, WORKER] {
+        world.wait_well(node)?;
+        ensure!(world.routes(node)? == before[node]);
+    }
     Ok(())
 }
 
 pub(super) fn a_kind_that_is_forbidden_is_named(world: &mut World) -> Result<()> {
-    let [_gateway, worker] = start(world)?;
+    let [_gateway, worker] = world.start_both()?;
     let before = world.routes(WORKER)?;
     worker.agent.kill()?;
     let role = format!("{RBAC}/clusterroles/carrick-worker");
@@ -171,7 +163,7 @@ pub(super) fn a_kind_that_is_forbidden_is_named(world: &mut World) -> Result<()>
 /// It hangs; it is killed and starts on a store that was compacted, while an agent is held up: what that one asks for next is
 /// forgotten (410).
 pub(super) fn a_server_that_hangs_and_one_that_has_forgotten_take_nothing_away(world: &mut World) -> Result<()> {
-    let [_gateway, worker] = start(world)?;
+    let [_gateway, worker] = world.start_both()?;
     let before = world.routes(WORKER)?;
     world.server.pause()?;
     std::thread::sleep(std::time::Duration::from_secs(3));

@@ -15,10 +15,11 @@ use super::{
 const CASES: &str = include_str!("cases/crds.txt");
 
 /// What a case's heading says of the API server and of `validate`: whether they take it.
-const HEADINGS: [(&str, [bool; 2]); 3] = [
+const HEADINGS: [(&str, [bool; 2]); 4] = [
     ("## accepted", [true, true]),
     ("## accepted, and refused by validate", [true, false]),
     ("## refused", [false, false]),
+    ("## refused, and taken by validate", [false, true]),
 ];
 
 pub(super) fn the_schema_refuses_what_it_can_and_validate_the_rest(world: &mut World) -> Result<()> {
@@ -127,7 +128,9 @@ fn validate(world: &World, case: &Value) -> Result<Vec<String>> {
     let folder = world.lab.dir("validate");
     fs::create_dir_all(&folder).context("make a folder")?;
     let address = json!({"type": "InternalIP", "address": "203.0.113.2"});
-    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "mn-0"}, "status": {"addresses": [address]}});
+    let address6 = json!({"type": "InternalIP", "address": "2001:db8:1::2"});
+    let status = json!({"addresses": [address, address6]});
+    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "mn-0"}, "status": status});
     let mut named = vec![node, cluster("va", 2, KEYS[1], &["10.44.0.0/16"])];
     named.extend((case["kind"] != "MeshCluster").then(|| cluster("mn", 1, KEYS[0], &RANGES)));
     let documents: String = named.iter().map(|object| format!("---\n{object}\n")).collect();

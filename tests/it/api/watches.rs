@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use expect_test::expect;
 use serde_json::Value;
 
-use super::world::{GATEWAY, KEYS, RANGES, WORKER, World, advertisement, cluster};
+use super::world::{GATEWAY, WORKER, World};
 
 /// How long nothing happens. A watch is asked for again after minutes.
 const QUIET: Duration = Duration::from_secs(12);
@@ -15,15 +15,9 @@ const WORKER_BUDGET: f64 = 2.0;
 const GATEWAY_BUDGET: f64 = 4.0;
 
 pub(super) fn a_steady_cluster_is_not_asked_for_anything(world: &mut World) -> Result<()> {
-    world.put("meshclusters", &[cluster("mn", 1, KEYS[0], &RANGES), cluster("va", 2, KEYS[1], &["10.44.0.0/16"])])?;
-    world.put("routeadvertisements", &[advertisement("mn", &RANGES), advertisement("va", &["10.44.0.0/16"])])?;
     let seen = world.server.audit()?.len();
     count_bytes(world)?;
-    let _agents = [world.start(GATEWAY)?, world.start(WORKER)?];
-    for node in [GATEWAY, WORKER] {
-        world.wait_route(node, "10.44.0.0/16", true)?;
-        world.wait_status(node, "that all is well", |status| status["synced"] == true)?;
-    }
+    let _running = world.start_both()?;
     let begun = world.server.audit()?.len();
     let bytes = bytes(world)?;
     sleep(QUIET);
@@ -33,21 +27,40 @@ pub(super) fn a_steady_cluster_is_not_asked_for_anything(world: &mut World) -> R
     println!("bytes to start, mn-0 and mn-1: {bytes:?}; in {QUIET:?} after: {:?}", self::bytes(world)?);
     println!("requests a minute in a steady cluster: worker {:.2}, gateway {:.2}", pace(&worker)?, pace(&gateway)?);
     expect![[r#"
-        1 x watch /api/v1/nodes allowWatchBookmarks=true fieldSelector=metadata.name%3Dmn-1 resourceVersion=0 resourceVersionMatch=NotOlderThan sendInitialEvents=true timeoutSeconds=290 watch=true
-        1 x watch /apis/carrick.dev/v1alpha1/egresspolicies allowWatchBookmarks=true resourceVersion=0 resourceVersionMatch=NotOlderThan sendInitialEvents=true timeoutSeconds=290 watch=true
-        1 x watch /apis/carrick.dev/v1alpha1/meshclusters allowWatchBookmarks=true resourceVersion=0 resourceVersionMatch=NotOlderThan sendInitialEvents=true timeoutSeconds=290 watch=true
-        1 x watch /apis/carrick.dev/v1alpha1/meshgateways allowWatchBookmarks=true resourceVersion=0 resourceVersionMatch=NotOlderThan sendInitialEvents=true timeoutSeconds=290 watch=true
-        1 x watch /apis/carrick.dev/v1alpha1/routeadvertisements allowWatchBookmarks=true resourceVersion=0 resourceVersionMatch=NotOlderThan sendInitialEvents=true timeoutSeconds=290 watch=true
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/egresspolicies.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshclusters.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshgateways.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/routeadvertisements.carrick.dev
+        1 x list /api/v1/nodes fieldSelector=metadata.name%3Dmn-1 limit=500
+        1 x list /apis/carrick.dev/v1alpha1/egresspolicies limit=500
+        1 x list /apis/carrick.dev/v1alpha1/meshclusters limit=500
+        1 x list /apis/carrick.dev/v1alpha1/meshgateways limit=500
+        1 x list /apis/carrick.dev/v1alpha1/routeadvertisements limit=500
+        1 x watch /api/v1/nodes allowWatchBookmarks=true fieldSelector=metadata.name%3Dmn-1 resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/egresspolicies allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/meshclusters allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/meshgateways allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/routeadvertisements allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
     "#]].assert_eq(&shown(&worker));
     expect![[r#"
         1 x get /api/v1/namespaces/carrick/secrets/carrick-gateway-0
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/egresspolicies.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshclusters.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshgateways.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/routeadvertisements.carrick.dev
+        1 x list /api/v1/nodes fieldSelector=metadata.name%3Dmn-0 limit=500
+        1 x list /api/v1/nodes limit=500
+        1 x list /apis/carrick.dev/v1alpha1/egresspolicies limit=500
+        1 x list /apis/carrick.dev/v1alpha1/meshclusters limit=500
+        1 x list /apis/carrick.dev/v1alpha1/meshgateways limit=500
+        1 x list /apis/carrick.dev/v1alpha1/routeadvertisements limit=500
         1 x patch /apis/carrick.dev/v1alpha1/meshgateways/0 fieldManager=carrick force=true
-        1 x watch /api/v1/nodes allowWatchBookmarks=true fieldSelector=metadata.name%3Dmn-0 resourceVersion=0 resourceVersionMatch=NotOlderThan sendInitialEvents=true timeoutSeconds=290 watch=true
-        1 x watch /api/v1/nodes allowWatchBookmarks=true resourceVersion=0 resourceVersionMatch=NotOlderThan sendInitialEvents=true timeoutSeconds=290 watch=true
-        1 x watch /apis/carrick.dev/v1alpha1/egresspolicies allowWatchBookmarks=true resourceVersion=0 resourceVersionMatch=NotOlderThan sendInitialEvents=true timeoutSeconds=290 watch=true
-        1 x watch /apis/carrick.dev/v1alpha1/meshclusters allowWatchBookmarks=true resourceVersion=0 resourceVersionMatch=NotOlderThan sendInitialEvents=true timeoutSeconds=290 watch=true
-        1 x watch /apis/carrick.dev/v1alpha1/meshgateways allowWatchBookmarks=true resourceVersion=0 resourceVersionMatch=NotOlderThan sendInitialEvents=true timeoutSeconds=290 watch=true
-        1 x watch /apis/carrick.dev/v1alpha1/routeadvertisements allowWatchBookmarks=true resourceVersion=0 resourceVersionMatch=NotOlderThan sendInitialEvents=true timeoutSeconds=290 watch=true
+        1 x watch /api/v1/nodes allowWatchBookmarks=true fieldSelector=metadata.name%3Dmn-0 resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /api/v1/nodes allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/egresspolicies allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/meshclusters allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/meshgateways allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/routeadvertisements allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
     "#]].assert_eq(&shown(&gateway));
     ensure!(pace(&worker)? <= WORKER_BUDGET && pace(&gateway)? <= GATEWAY_BUDGET);
     ensure!(later == 0, "{later} requests in {QUIET:?}: {:?}", &audit[begun..]);

@@ -238,6 +238,29 @@ impl World {
         self.node(node).host.dir().join("keys")
     }
 
+    /// The mesh: this member, whose gateway's key is the one that it has made, and another that nobody answers for.
+    pub(crate) fn put_mesh(&self) -> Result<()> {
+        let gateway = wait_for("the gateway's MeshGateway", SOON, || {
+            self.admin(&Ask::get(&format!("{MESH}/meshgateways/0"))).map_err(|error| format!("{error:#}"))
+        })?;
+        let key = gateway["spec"]["publicKey"].as_str().context("a key")?;
+        self.put("meshclusters", &[cluster("mn", 1, key, &RANGES), cluster("va", 2, KEYS[1], &["10.44.0.0/15"])])?;
+        self.put("routeadvertisements", &[advertisement("mn", &RANGES), advertisement("va", &[VA])])
+    }
+
+    /// Both nodes run, and have the mesh in their kernels.
+    pub(crate) fn start_both(&self) -> Result<[Running; 2]> {
+        // What an empty API server is filled with is not trusted at once.
+        self.put("meshclusters", &[cluster("va", 2, KEYS[1], &["10.44.0.0/15"])])?;
+        let running = [self.start(GATEWAY)?, self.start(WORKER)?];
+        self.put_mesh()?;
+        for node in [GATEWAY, WORKER] {
+            self.wait_route(node, VA, true)?;
+            self.wait_well(node)?;
+        }
+        Ok(running)
+    }
+
     /// What runs on that node as pods of the chart: the agent, and on the gateway the tunnel.
     pub(crate) fn start(&self, number: usize) -> Result<Running> {
         let tunnel = (number == GATEWAY).then(|| self.carrick.start_tunnel(self.node(number))).transpose()?;
@@ -331,6 +354,8 @@ fn write_hop_secret(keys: &Path) -> Result<()> {
     file.write_all(format!("{}=\n", "A".repeat(42) + "E").as_bytes()).context("write the hop secret")
 }
 
+/// What the other member offers.
+pub(crate) const VA: &str = "10.44.0.0/16";
 /// What `mn` may claim.
 pub(crate) const RANGES: [&str; 2] = ["10.42.0.0/16", "fd00:10:1::/48"];
 
