@@ -2,8 +2,8 @@
 //!
 //! Invariants: there is no snapshot until our four kinds have been listed whole, and this node's own Node is known. From
 //! then on there always is one. What is told of one kind changes nothing about another, so the order between kinds does
-//! not matter. And it is not complete before a MeshCluster has been known: to an agent that has just started, an API server
-//! on an empty store looks like a mesh without members.
+//! not matter. And it is not complete before MeshClusters have been known: to an agent that has just started, an API server
+//! on an empty store looks like a mesh without members, and one that is being filled again like a small mesh.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -20,8 +20,8 @@ use crate::{
 /// Names told of what a doubted list lacks.
 const MAX_NAMES: usize = 5;
 const STANDS: &str = "what it said before stays in force";
-const NO_CLUSTER: &str = "there is none, nor has there been one since this start: nothing is taken away on the strength \
-                          of that. Apply the mesh's manifests; a node that is to leave it, `carrick cleanup` clears";
+/// How long nothing must change before what an empty API server has been filled with is taken for the whole.
+const FILLED: Duration = Duration::from_secs(30);
 
 /// What one watch tells.
 #[derive(Clone, Debug)]
@@ -154,13 +154,42 @@ impl Trouble {
     }
 }
 
+/// Whether all that there is can be known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mesh {
+    /// Since this start there has been no MeshCluster.
+    Empty,
+    /// At this start there was none; then they came, one by one.
+    Filling {
+        until: Duration,
+    },
+    Known,
+}
+
+impl Mesh {
+    /// Why nothing can be taken away, and what to do.
+    fn problem(self) -> Option<String> {
+        match self {
+            Mesh::Empty => Some(
+                "there is none, nor has there been one since this start: nothing is taken away. Apply the mesh's \
+                 manifests; a node that is to leave it, `carrick cleanup` clears"
+                    .to_owned(),
+            ),
+            Mesh::Filling { .. } => Some(format!(
+                "there was none at this start: nothing is taken away until what is applied now has not changed for {} s",
+                FILLED.as_secs()
+            )),
+            Mesh::Known => None,
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct View {
     host: String,
     me: Option<String>,
     clusters: Kind<MeshCluster>,
-    /// Whether any MeshCluster has ever been known.
-    had_clusters: bool,
+    mesh: Mesh,
     advertisements: Kind<RouteAdvertisement>,
     policies: Kind<EgressPolicy>,
     gateways: Kind<MeshGateway>,
@@ -179,7 +208,7 @@ impl View {
             host,
             me,
             clusters: Kind::new("MeshClusters"),
-            had_clusters: false,
+            mesh: Mesh::Empty,
             advertisements: Kind::new("RouteAdvertisements"),
             policies: Kind::new("EgressPolicies"),
             gateways: Kind::new("MeshGateways"),
@@ -200,12 +229,9 @@ impl View {
 
     /// Returns whether anything is different.
     pub(super) fn hear(&mut self, now: Duration, told: Told) -> bool {
-        match told {
-            Told::Clusters(heard) => {
-                let news = self.clusters.hear(now, heard);
-                self.had_clusters |= self.clusters.objects().next().is_some();
-                news
-            }
+        let first = !self.clusters.store.is_synced();
+        let news = match told {
+            Told::Clusters(heard) => self.clusters.hear(now, heard),
             Told::Advertisements(heard) => self.advertisements.hear(now, heard),
             Told::Policies(heard) => self.policies.hear(now, heard),
             Told::Gateways(heard) => self.gateways.hear(now, heard),
@@ -214,27 +240,41 @@ impl View {
                 if let Some(own) = self.own.objects().next() {
                     self.last_own = Some(own.clone());
                 }
-                news
+                return news;
             }
-            Told::Nodes(generation, heard) => generation == self.generation && self.nodes.hear(now, heard),
-        }
+            Told::Nodes(generation, heard) => return generation == self.generation && self.nodes.hear(now, heard),
+        };
+        let any = self.clusters.objects().next().is_some();
+        self.mesh = match self.mesh {
+            Mesh::Empty if any && first => Mesh::Known,
+            Mesh::Empty if any => Mesh::Filling { until: now + FILLED },
+            Mesh::Filling { .. } if news => Mesh::Filling { until: now + FILLED },
+            mesh => mesh,
+        };
+        news
     }
 
-    /// Lets go of what was doubted for long enough. Returns whether anything is different.
+    /// Lets go of what was doubted for long enough, and of the doubt in what has been filled. Returns whether anything is different.
     pub(super) fn tick(&mut self, now: Duration) -> bool {
         let mut changed = self.clusters.store.tick(now);
         changed |= self.advertisements.store.tick(now);
         changed |= self.policies.store.tick(now);
         changed |= self.gateways.store.tick(now);
         changed |= self.own.store.tick(now);
-        changed | self.nodes.store.tick(now)
+        changed |= self.nodes.store.tick(now);
+        let filled = matches!(self.mesh, Mesh::Filling { until } if until <= now);
+        if filled {
+            self.mesh = Mesh::Known;
+        }
+        changed || filled
     }
 
     /// When [`View::tick`] has something to do next.
     pub(super) fn next(&self) -> Option<Duration> {
         let ours = [self.clusters.store.next(), self.advertisements.store.next(), self.policies.store.next()];
         let nodes = [self.gateways.store.next(), self.own.store.next(), self.nodes.store.next()];
-        ours.into_iter().chain(nodes).flatten().min()
+        let filled = if let Mesh::Filling { until } = self.mesh { Some(until) } else { None };
+        ours.into_iter().chain(nodes).chain([filled]).flatten().min()
     }
 
     /// Whether all Nodes are to be watched.
@@ -266,9 +306,7 @@ impl View {
         let (nodes, nodes_are_complete) = self.nodes();
         let ours = self.clusters.is_complete() && self.advertisements.is_complete() && self.policies.is_complete();
         let mut problems: Vec<Problem> = self.clusters.problems(&self.host).collect();
-        if !self.had_clusters {
-            problems.push(problem(format!("{} {}", self.host, self.clusters.name), NO_CLUSTER.to_owned()));
-        }
+        problems.extend(self.mesh.problem().map(|why| problem(format!("{} {}", self.host, self.clusters.name), why)));
         problems.extend(self.advertisements.problems(&self.host));
         problems.extend(self.policies.problems(&self.host));
         problems.extend(self.gateways.problems(&self.host));
@@ -288,7 +326,7 @@ impl View {
             nodes,
             pods: Vec::new(),
         };
-        let complete = ours && self.had_clusters && self.gateways.is_complete() && nodes_are_complete;
+        let complete = ours && self.mesh == Mesh::Known && self.gateways.is_complete() && nodes_are_complete;
         Ok(Snapshot { objects, complete, problems })
     }
 

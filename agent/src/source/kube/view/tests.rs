@@ -128,20 +128,33 @@ fn an_agent_that_starts_on_an_empty_store_takes_nothing_away() {
     tell(&mut view, Told::Gateways, list(&[]));
     tell(&mut view, Told::OwnNode, list(&[node("w1", "192.0.2.9", &[])]));
     let empty = rendered(&view);
-    view.hear(Duration::ZERO, Told::Clusters(set(cluster("mn", 1))));
-    let applied = rendered(&view);
-    view.hear(Duration::ZERO, Told::Clusters(Heard::Event(Event::Deleted("mn".to_owned()))));
+    // Somebody applies the folder: one object after the other.
+    let at = Duration::from_secs;
+    view.hear(at(100), Told::Clusters(set(cluster("mn", 1))));
+    view.hear(at(129), Told::Advertisements(set(advertisement("mn"))));
+    // A Node is no part of it.
+    view.hear(at(158), Told::OwnNode(set(node("w1", "192.0.2.8", &[]))));
+    view.tick(at(158));
+    let filling = rendered(&view);
+    assert_eq!(view.next(), Some(at(159)));
+    assert!(view.tick(at(159)));
+    let filled = rendered(&view);
+    view.hear(at(200), Told::Clusters(Heard::Event(Event::Deleted("mn".to_owned()))));
     let deleted = rendered(&view);
     expect![[r#"
         incomplete
         Node w1 192.0.2.9
-        https://api MeshClusters: there is none, nor has there been one since this start: nothing is taken away on the strength of that. Apply the mesh's manifests; a node that is to leave it, `carrick cleanup` clears
+        https://api MeshClusters: there is none, nor has there been one since this start: nothing is taken away. Apply the mesh's manifests; a node that is to leave it, `carrick cleanup` clears
+        incomplete
+        MeshCluster mn 1
+        Node w1 192.0.2.8
+        https://api MeshClusters: there was none at this start: nothing is taken away until what is applied now has not changed for 30 s
         complete
         MeshCluster mn 1
-        Node w1 192.0.2.9
+        Node w1 192.0.2.8
         complete
-        Node w1 192.0.2.9
-    "#]].assert_eq(&format!("{empty}{applied}{deleted}"));
+        Node w1 192.0.2.8
+    "#]].assert_eq(&format!("{empty}{filling}{filled}{deleted}"));
 }
 
 #[test]
@@ -355,13 +368,27 @@ proptest! {
     }
 
     #[test]
-    fn nothing_is_taken_away_before_a_mesh_cluster_was_known(news in vec(told(), 0..30)) {
+    fn what_fills_an_empty_mesh_is_the_whole_once_nothing_has_changed_for_a_while(
+        news in vec((told(), 0..40u64), 0..30),
+    ) {
         let mut view = View::new(String::new(), Some("w1".to_owned()));
-        let mut known = false;
-        for told in news.into_iter().flatten() {
-            view.hear(Duration::ZERO, told);
-            known |= view.clusters.objects().next().is_some();
-            prop_assert!(known || !view.snapshot().is_ok_and(|snapshot| snapshot.complete));
+        tell(&mut view, Told::Clusters, list(&[]));
+        let (mut now, mut since) = (Duration::ZERO, None);
+        for (told, wait) in news {
+            for told in told {
+                let ours = !matches!(told, Told::OwnNode(_));
+                let changed = view.hear(now, told) && ours;
+                let known = view.clusters.objects().next().is_some();
+                since = if (since.is_some() && changed) || (since.is_none() && known) { Some(now) } else { since };
+            }
+            now += Duration::from_secs(wait);
+            view.tick(now);
+            // From then on what is told is believed.
+            if since.is_some_and(|since| since + FILLED <= now) {
+                prop_assert_eq!(view.mesh, Mesh::Known);
+                return Ok(());
+            }
+            prop_assert!(!view.snapshot().is_ok_and(|snapshot| snapshot.complete));
         }
     }
 
