@@ -1,5 +1,6 @@
 //! Everything that is tested with namespaces, programs or servers: one binary. Needs root.
 
+mod api;
 mod bpf;
 mod damage;
 mod endpoints;

@@ -12,10 +12,12 @@
 //! - [`traffic`]: numbered UDP, a TCP stream, TCP throughput, HTTP, ping, the MTU that a sender is told.
 //! - [`capture`] and [`watch`]: what passed on an interface, and on every node's uplink.
 //! - [`faults`]: nodes switched off, links cut, lossy or narrow.
+//! - [`apiserver`]: a Kubernetes API server on a host, with its store.
 //!
 //! Invariants: nothing ever appears in the machine's own network namespace, so parallel labs cannot collide; every
 //! process of a lab carries its mark; every file of a lab lies in its one directory.
 
+pub mod apiserver;
 pub mod capture;
 pub mod carrick;
 mod cni;

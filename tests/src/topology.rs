@@ -124,6 +124,16 @@ impl Lab {
         Ok(self.cluster(member)?.router.as_ref().unwrap_or(&self.internet))
     }
 
+    /// The internet's address on a member's network, which its nodes reach; IPv4 if it has one.
+    pub fn internet_address(&self, member: &str) -> Result<IpAddr> {
+        let place = self.clusters.iter().position(|cluster| cluster.member.name == member);
+        let place = place.with_context(|| format!("no member {member}"))?;
+        let member = &self.clusters[place].member;
+        let site = Site::of(member, place)?;
+        let addresses = site.uplink.map_or(site.gateway, |uplink| uplink.internet);
+        Ok(member.node_addresses(&addresses).first().context("a member has a family")?.ip())
+    }
+
     /// The member of a node of this lab.
     pub fn member_of(&self, node: &Node) -> Result<&Member> {
         let name = node.host.name();

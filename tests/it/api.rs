@@ -1,0 +1,43 @@
+//! A real API server with the chart in it, once on etcd and once on kine: what it accepts, whom it lets do what, and what the
+//! agent makes of it when it reads its objects there.
+//!
+//! Each store has one world ([`world`]), which its tests have one after the other: a server takes seconds to start.
+
+mod agents;
+mod client;
+mod crds;
+mod junk;
+mod rights;
+mod watches;
+mod world;
+
+macro_rules! on_both_stores {
+    ($($module:ident::$test:ident,)*) => {
+        const TESTS: usize = [$(stringify!($test)),*].len();
+
+        on_both_stores!(@ etcd Etcd, $($module::$test,)*);
+        on_both_stores!(@ kine Kine, $($module::$test,)*);
+    };
+    (@ $name:ident $store:ident, $($module:ident::$test:ident,)*) => {
+        mod $name {
+            $(#[test]
+            fn $test() {
+                super::world::on(lab::apiserver::Store::$store, super::TESTS, super::$module::$test);
+            })*
+        }
+    };
+}
+
+on_both_stores! {
+    agents::a_crd_that_is_deleted_takes_nothing_away_and_comes_back,
+    agents::a_kind_that_is_forbidden_is_named,
+    agents::a_restart_on_an_empty_list_takes_nothing_away,
+    agents::a_server_that_hangs_and_one_that_has_forgotten_take_nothing_away,
+    agents::objects_arrive_are_followed_and_go_at_once_when_deleted,
+    crds::kubectl_shows_what_matters,
+    crds::the_schema_refuses_what_it_can_and_validate_the_rest,
+    crds::what_must_not_change_does_not,
+    junk::junk_and_giants_hold_nobody_up,
+    rights::each_may_do_its_own_and_nothing_else,
+    watches::a_steady_cluster_is_not_asked_for_anything,
+}

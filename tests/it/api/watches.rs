@@ -1,0 +1,141 @@
+//! What a worker and a gateway ask of the API server, counted there.
+
+use std::{collections::BTreeMap, thread::sleep, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use expect_test::expect;
+use serde_json::Value;
+
+use super::world::{GATEWAY, WORKER, World};
+
+/// How long nothing happens. A watch is asked for again after minutes.
+const QUIET: Duration = Duration::from_secs(12);
+/// Requests a minute in a steady cluster, at most.
+const WORKER_BUDGET: f64 = 2.0;
+const GATEWAY_BUDGET: f64 = 4.0;
+
+pub(super) fn a_steady_cluster_is_not_asked_for_anything(world: &mut World) -> Result<()> {
+    let seen = world.server.audit()?.len();
+    count_bytes(world)?;
+    let _running = world.start_both()?;
+    let begun = world.server.audit()?.len();
+    let bytes = bytes(world)?;
+    sleep(QUIET);
+    let audit = world.server.audit()?;
+    let (worker, gateway) = (asked(&audit[seen..], "worker"), asked(&audit[seen..], "gateway"));
+    let later = audit[begun..].iter().filter(|event| event["stage"] == "ResponseComplete").count();
+    println!("bytes to start, mn-0 and mn-1: {bytes:?}; in {QUIET:?} after: {:?}", self::bytes(world)?);
+    println!("requests a minute in a steady cluster: worker {:.2}, gateway {:.2}", pace(&worker)?, pace(&gateway)?);
+    expect![[r#"
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/egresspolicies.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshclusters.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshgateways.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/routeadvertisements.carrick.dev
+        1 x list /api/v1/nodes fieldSelector=metadata.name%3Dmn-1 limit=500
+        1 x list /apis/carrick.dev/v1alpha1/egresspolicies limit=500
+        1 x list /apis/carrick.dev/v1alpha1/meshclusters limit=500
+        1 x list /apis/carrick.dev/v1alpha1/meshgateways limit=500
+        1 x list /apis/carrick.dev/v1alpha1/routeadvertisements limit=500
+        1 x watch /api/v1/nodes allowWatchBookmarks=true fieldSelector=metadata.name%3Dmn-1 resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/egresspolicies allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/meshclusters allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/meshgateways allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/routeadvertisements allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+    "#]].assert_eq(&shown(&worker));
+    expect![[r#"
+        1 x get /api/v1/namespaces/carrick/secrets/carrick-gateway-0
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/egresspolicies.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshclusters.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshgateways.carrick.dev
+        2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/routeadvertisements.carrick.dev
+        1 x list /api/v1/nodes fieldSelector=metadata.name%3Dmn-0 limit=500
+        1 x list /api/v1/nodes limit=500
+        1 x list /apis/carrick.dev/v1alpha1/egresspolicies limit=500
+        1 x list /apis/carrick.dev/v1alpha1/meshclusters limit=500
+        1 x list /apis/carrick.dev/v1alpha1/meshgateways limit=500
+        1 x list /apis/carrick.dev/v1alpha1/routeadvertisements limit=500
+        1 x patch /apis/carrick.dev/v1alpha1/meshgateways/0 fieldManager=carrick force=true
+        1 x watch /api/v1/nodes allowWatchBookmarks=true fieldSelector=metadata.name%3Dmn-0 resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /api/v1/nodes allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/egresspolicies allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/meshclusters allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/meshgateways allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/carrick.dev/v1alpha1/routeadvertisements allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+    "#]].assert_eq(&shown(&gateway));
+    ensure!(pace(&worker)? <= WORKER_BUDGET && pace(&gateway)? <= GATEWAY_BUDGET);
+    ensure!(later == 0, "{later} requests in {QUIET:?}: {:?}", &audit[begun..]);
+    Ok(())
+}
+
+/// Requests of the account, each with how often: verb, kind, and the parameters that say what is wanted.
+fn asked(audit: &[Value], account: &str) -> BTreeMap<String, usize> {
+    let user = format!("system:serviceaccount:carrick:carrick-{account}");
+    let mut asked = BTreeMap::new();
+    let mut known = Vec::new();
+    for event in audit.iter().filter(|event| event["user"]["username"] == *user) {
+        if !known.contains(&&event["auditID"]) {
+            known.push(&event["auditID"]);
+            *asked.entry(request(event)).or_default() += 1;
+        }
+    }
+    asked
+}
+
+fn request(event: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let uri = text(&event["requestURI"]);
+    let (path, query) = uri.split_once('?').unwrap_or((&uri, ""));
+    let mut parameters: Vec<&str> = query.split('&').filter(|parameter| !parameter.is_empty()).collect();
+    // Which version it was at is no matter, but whether one is named is.
+    for parameter in &mut parameters {
+        if parameter.starts_with("resourceVersion=") && *parameter != "resourceVersion=0" {
+            *parameter = "resourceVersion=N";
+        }
+    }
+    parameters.sort_unstable();
+    format!("{} {path} {}", text(&event["verb"]), parameters.join(" ")).trim_end().to_owned()
+}
+
+fn shown(asked: &BTreeMap<String, usize>) -> String {
+    asked.iter().map(|(request, times)| format!("{times} x {request}\n")).collect()
+}
+
+/// Requests a minute once nothing changes: each watch is asked for again when its time is up.
+fn pace(asked: &BTreeMap<String, usize>) -> Result<f64> {
+    let watches = asked.keys().filter(|request| request.starts_with("watch "));
+    watches
+        .map(|request| {
+            let seconds = request.split(' ').find_map(|word| word.strip_prefix("timeoutSeconds="));
+            let seconds: f64 = seconds.with_context(|| format!("{request} has no end"))?.parse()?;
+            Ok(60.0 / seconds)
+        })
+        .sum()
+}
+
+/// Counts what the API server sends to each node and gets from it.
+fn count_bytes(world: &World) -> Result<()> {
+    let mut rules = "add table inet count\ndelete table inet count\ntable inet count {\n".to_owned();
+    let nodes: Vec<_> = [GATEWAY, WORKER].into_iter().map(|node| world.node(node)).collect();
+    for node in &nodes {
+        rules += &format!("counter {} {{}}\n", node.host.name());
+    }
+    for (hook, side) in [("input", "s"), ("output", "d")] {
+        rules += &format!("chain {hook} {{ type filter hook {hook} priority 0\n");
+        for node in &nodes {
+            rules += &format!("ip {side}addr {} tcp {side2}port 6443 counter name {}\n",
+                node.addresses[0], node.host.name(), side2 = if side == "s" { "d" } else { "s" });
+        }
+        rules += "}\n";
+    }
+    world.lab.internet.nft(&(rules + "}\n"))
+}
+
+fn bytes(world: &World) -> Result<BTreeMap<String, u64>> {
+    let text = world.lab.internet.output("nft", &["-j", "list", "counters", "table", "inet", "count"])?;
+    let listed: Value = serde_json::from_str(&text)?;
+    let counters = listed["nftables"].as_array().context("counters")?.iter().filter_map(|entry| {
+        let counter = entry.get("counter")?;
+        Some((counter["name"].as_str()?.to_owned(), counter["bytes"].as_u64()?))
+    });
+    Ok(counters.collect())
+}
