@@ -481,11 +481,13 @@ fn a_lease_that_is_deleted_is_written_anew() {
         0 s: key of slot 0
         0 s: gateway 0 of 1 keys
         0 s: MeshGateway 0 n1 ["192.0.2.1"]
+        0 s: status of MeshGateway 0
         20 s: Lease 0 to n1 over 1
         40 s: Lease 0 to n1 over 2
         40 s: list Leases
         40 s: Lease 0 to n1 over none
         60 s: Lease 0 to n1 over 3
+        60 s: status of MeshGateway 0
     "#]]
     .assert_eq(&text);
 }

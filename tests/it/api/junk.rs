@@ -1,6 +1,10 @@
 //! Objects that nobody needs: very many, and a very large one.
 
-use std::{fs, thread::sleep, time::{Duration, Instant}};
+use std::{
+    fs,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use lab::carrick::Running;
@@ -31,7 +35,8 @@ pub(super) fn junk_and_giants_hold_nobody_up(world: &mut World) -> Result<()> {
     };
     world.ask_all(TENANT, (0..JUNK).map(create))?;
     let made = began.elapsed();
-    let giant = json!({"podSelector": {"matchExpressions": [{"key": "a", "operator": "In", "values": ["x".repeat(1 << 20)]}]}});
+    let giant =
+        json!({"podSelector": {"matchExpressions": [{"key": "a", "operator": "In", "values": ["x".repeat(1 << 20)]}]}});
     world.admin(&Ask::create(&format!("{MESH}/egresspolicies"), object("EgressPolicy", "giant", &giant)))?;
 
     world.put("routeadvertisements", &[advertisement("va", &[VA, "10.45.0.0/16"])])?;
@@ -42,7 +47,9 @@ pub(super) fn junk_and_giants_hold_nobody_up(world: &mut World) -> Result<()> {
     let followed = changed.elapsed();
     sleep(Duration::from_secs(2));
     let after = memory(&running)?;
-    println!("{JUNK} objects in {made:?}; a change to another member's in {followed:?}; most memory of gateway and worker, MiB: {before:?}, then {after:?}");
+    println!(
+        "{JUNK} objects in {made:?}; a change to another member's in {followed:?}; most memory of gateway and worker, MiB: {before:?}, then {after:?}"
+    );
     ensure!(after.iter().all(|mebibytes| *mebibytes <= MEMORY), "{after:?} MiB, and the chart grants {MEMORY}");
     Ok(())
 }

@@ -122,8 +122,12 @@ fn count_bytes(world: &World) -> Result<()> {
     for (hook, side) in [("input", "s"), ("output", "d")] {
         rules += &format!("chain {hook} {{ type filter hook {hook} priority 0\n");
         for node in &nodes {
-            rules += &format!("ip {side}addr {} tcp {side2}port 6443 counter name {}\n",
-                node.addresses[0], node.host.name(), side2 = if side == "s" { "d" } else { "s" });
+            rules += &format!(
+                "ip {side}addr {} tcp {side2}port 6443 counter name {}\n",
+                node.addresses[0],
+                node.host.name(),
+                side2 = if side == "s" { "d" } else { "s" }
+            );
         }
         rules += "}\n";
     }

@@ -344,7 +344,8 @@ fn what_was_kept_is_in_force_and_incomplete_until_everything_is_heard() {
         MeshCluster va 2
         Node g1 192.0.2.1
         Node w1 192.0.2.9
-    "#]].assert_eq(&[before, away, rendered(&view)].concat());
+    "#]]
+    .assert_eq(&[before, away, rendered(&view)].concat());
 }
 
 #[test]
