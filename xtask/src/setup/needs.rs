@@ -73,6 +73,12 @@ pub const NEEDS: &[Need] = &[
         by: &[For::Test, For::Cluster],
     },
     Need {
+        what: What::Program("lua5.1"),
+        packages: Some(["lua5.1", "compat-lua", "lua51"]),
+        purpose: "runs the health check that the docs give to Argo CD",
+        by: &[For::Test],
+    },
+    Need {
         what: What::Program("ethtool"),
         packages: Some(["ethtool", "ethtool", "ethtool"]),
         purpose: "changes offloads behind the agent's back",
