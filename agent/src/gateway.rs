@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-pub use task::follow;
+pub use self::{api::read_keys, task::follow};
 
 use crate::{
     api::{MeshGateway, MeshGatewaySpec, Objects},
