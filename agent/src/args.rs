@@ -62,8 +62,7 @@ pub enum Command {
     Agent(Node),
     /// Runs the userspace WireGuard that the agent configures, until it is signalled.
     Tunnel(Tunnel),
-    /// Shows what this node's agent knows: peers, routes, refusals, problems. Exit code 1 if it is not ready: something is
-    /// refused, or failed, or is not read yet.
+    /// Shows what this node's agent knows: peers, routes, refusals, problems. Exit code 1 if it is not ready.
     Status(Status),
     /// Makes this gateway ready to be stopped: everybody sends elsewhere, and nothing is lost. Exit code 0 once nobody has
     /// sent for 2 s; 1 if somebody still does after 30 s. It lasts until the agent restarts, or `--undo`.
@@ -198,8 +197,8 @@ pub struct Status {
     /// The folder of the agent's socket.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     pub run_dir: PathBuf,
-    /// Exit code 0 if this node serves: it has its keys, and all that it wants of its kernel was done. What others wrote
-    /// and was refused does not count. For readiness probes.
+    /// Exit code 0 if this node serves, ready or not: it has read what there is, has its keys, and did all that follows in
+    /// its kernel. What was refused, and what waits for a better view, does not count. For readiness probes.
     #[arg(long)]
     pub serving: bool,
     #[command(flatten)]
