@@ -213,8 +213,8 @@ pub struct Status {
     /// The folder of the agent's socket.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     pub run_dir: PathBuf,
-    /// Exit code 0 if this node serves: it has its keys, and all that it wants of its kernel was done. What others wrote
-    /// and was refused does not count. For readiness probes.
+    /// Exit code 0 if this node serves, ready or not: it has read what there is, has its keys, and did all that follows in
+    /// its kernel. What was refused, and what waits for a better view, does not count. For readiness probes.
     #[arg(long)]
     pub serving: bool,
     #[command(flatten)]

@@ -245,7 +245,7 @@ impl Ask {
 pub enum Answer {
     Leases(BTreeMap<Ordinal, Lease>),
     Written(Lease),
-    /// Somebody else was there first.
+    /// Somebody else was there first: all Leases are listed, and heard, before another is written.
     Refused,
     Keys(Vec<PrivateKey>),
     Done,

@@ -113,17 +113,17 @@ impl Server {
     async fn write(&self, write: &slot::Write) -> Result<Answer, Error> {
         let name = name(write.ordinal);
         let lease = leased(write, MicroTime(Timestamp::now()));
-        let written = match &write.over {
+        // Another version, or gone; or made meanwhile. Nothing is made where there is no namespace: that is no news to hear.
+        let (written, refusals): (_, &[u16]) = match &write.over {
             None => {
                 let lease = serde_json::from_value(lease).map_err(Error::SerdeError)?;
-                self.leases.create(&PostParams::default(), &lease).await
+                (self.leases.create(&PostParams::default(), &lease).await, &[409])
             }
-            Some(_) => self.leases.patch(&name, &PatchParams::default(), &Patch::Merge(lease)).await,
+            Some(_) => (self.leases.patch(&name, &PatchParams::default(), &Patch::Merge(lease)).await, &[404, 409]),
         };
         match written {
             Ok(lease) => Ok(heard(&lease).map_or(Answer::Refused, |(_, lease)| Answer::Written(lease))),
-            // Another version, gone, or made meanwhile.
-            Err(Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(Answer::Refused),
+            Err(Error::Api(status)) if refusals.contains(&status.code) => Ok(Answer::Refused),
             Err(error) => Err(error),
         }
     }
