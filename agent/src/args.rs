@@ -62,7 +62,8 @@ pub enum Command {
     Agent(Node),
     /// Runs the userspace WireGuard that the agent configures, until it is signalled.
     Tunnel(Tunnel),
-    /// Shows what this node's agent knows: peers, routes, refusals, problems. Exit code 1 if it is not ready.
+    /// Shows what this node's agent knows: peers, routes, refusals, problems. Exit code 1 if it is not ready: something is
+    /// refused, or failed, or is not read yet.
     Status(Status),
     /// Makes this gateway ready to be stopped: everybody sends elsewhere, and nothing is lost. Exit code 0 once nobody has
     /// sent for 2 s; 1 if somebody still does after 30 s. It lasts until the agent restarts, or `--undo`.
@@ -92,7 +93,8 @@ pub struct Node {
     /// This node's name: that of its Node, where there are any. Default: the host's.
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     pub node_name: Option<NodeName>,
-    /// The folder of the keys (0700): files `gateway-ORDINAL`, `hop` and `psk-MEMBER` (0600, base64).
+    /// The folder of the keys (0700): files `gateway-ORDINAL`, `hop` and `psk-MEMBER` (0600, base64). With `--kube`, a slot's
+    /// key is in its Secret instead, `carrick-gateway-ORDINAL`.
     #[arg(long, value_name = "DIR", default_value = "/etc/carrick/keys")]
     pub keys_dir: PathBuf,
     /// A range of this cluster's own beyond those it advertises, which no other member may claim; may be given several times.
@@ -196,6 +198,10 @@ pub struct Status {
     /// The folder of the agent's socket.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     pub run_dir: PathBuf,
+    /// Exit code 0 if this node serves: it has its keys, and all that it wants of its kernel was done. What others wrote
+    /// and was refused does not count. For readiness probes.
+    #[arg(long)]
+    pub serving: bool,
     #[command(flatten)]
     pub output: Output,
 }
