@@ -29,8 +29,8 @@ use crate::{image, tools, workspace};
 pub const NAMESPACE: &str = "carrick";
 const RELEASE: &str = "carrick";
 const LABEL: &str = "carrick.dev/gateway";
-/// Settings of a release, `--set`'s arguments.
-pub type Values = BTreeMap<String, String>;
+/// Settings of a release.
+pub type Values = BTreeMap<String, Value>;
 
 /// The image, in an archive that every node sees.
 #[derive(Clone, Debug)]
@@ -191,7 +191,7 @@ fn label(design: &Design, cluster: &Cluster) -> Result<()> {
 pub fn values(cluster: &Cluster, prepared: &Prepared) -> Values {
     let (repository, tag) = prepared.reference.rsplit_once(':').unwrap_or_default();
     let pairs = [("cluster.name", cluster.name.as_str()), ("image.repository", repository), ("image.tag", tag)];
-    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).into()
+    pairs.map(|(name, value)| (name.to_owned(), value.into())).into()
 }
 
 /// `helm upgrade --install`.
@@ -200,7 +200,7 @@ pub fn upgrade(cluster: &Cluster, values: &Values) -> Result<()> {
     command.args(["upgrade", "--install", RELEASE]).arg(workspace::root().join("manifests/carrick"));
     command.arg("--create-namespace");
     for (name, value) in values {
-        command.args(["--set-string", &format!("{name}={value}")]);
+        command.args(["--set-json", &format!("{name}={value}")]);
     }
     output(&mut command, "").with_context(|| format!("{}: helm upgrade", cluster.name)).map(drop)
 }

@@ -20,6 +20,7 @@ use ::lab::{
     wait_for,
 };
 use anyhow::{Context, Result};
+use serde_json::{Value, json};
 
 use self::pods::Pod;
 use super::{
@@ -66,7 +67,7 @@ fn tried(args: &Args, image: &Prepared, made: &Temporary) -> Result<Table> {
     if let Err(error) = demo.all(args.keep) {
         process::check_interrupted()?;
         demo.table.fail(&error);
-        demo.show_pods();
+        demo.show();
     }
     process::check_interrupted()?;
     if args.keep {
@@ -197,7 +198,7 @@ impl Demo<'_> {
     /// With a setting that every pod has, so that all are replaced, gateways one at a time.
     fn upgraded(&mut self) -> Result<()> {
         self.under_load("helm upgrade: all agents replaced", Price::Nothing, |demo| {
-            let more = [("extraEnv[0].name", "DEMO"), ("extraEnv[0].value", "upgraded")];
+            let more = [("extraEnv", json!([{"name": "DEMO", "value": "upgraded"}]))];
             for cluster in &demo.clusters.clusters {
                 carrick::upgrade(cluster, &demo.values(cluster, &more))?;
             }
@@ -222,7 +223,7 @@ impl Demo<'_> {
     fn uninstalled(&mut self, before: &[(String, BTreeSet<String>)]) -> Result<()> {
         self.table.begin("uninstall");
         for cluster in &self.clusters.clusters {
-            carrick::upgrade(cluster, &self.values(cluster, &[("uninstall", "true")]))?;
+            carrick::upgrade(cluster, &self.values(cluster, &[("uninstall", json!(true))]))?;
         }
         for cluster in &self.clusters.clusters {
             carrick::wait_rolled_out(cluster)?;
@@ -246,8 +247,13 @@ impl Demo<'_> {
         self.table.begin(name);
         let (va, mn) = (self.pod("va", 2)?, self.pod("mn", 2)?);
         let load = Load::start(va.end(), mn.end())?;
+        let fine = self.table.is_ok();
         fault(self)?;
-        load.end(&mut self.table, name, price)
+        load.end(&mut self.table, name, price)?;
+        if fine && !self.table.is_ok() {
+            self.show();
+        }
+        Ok(())
     }
 
     fn switch(&mut self, name: &str, on: bool) -> Result<()> {
@@ -261,8 +267,8 @@ impl Demo<'_> {
     }
 
     /// What the chart is told in the end.
-    fn values(&self, cluster: &Cluster, more: &[(&str, &str)]) -> Values {
-        let more = more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    fn values(&self, cluster: &Cluster, more: &[(&str, Value)]) -> Values {
+        let more = more.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
         carrick::values(cluster, self.image).into_iter().chain(more).collect()
     }
 
@@ -306,13 +312,15 @@ impl Demo<'_> {
         nodes.map(|node| Ok((node.name.clone(), traces::of(node)?))).collect()
     }
 
-    fn show_pods(&self) {
+    /// What may tell why something failed.
+    fn show(&self) {
         for cluster in &self.clusters.clusters {
-            for question in [&["get", "pods", "-A", "-o", "wide"][..], &["-n", NAMESPACE, "describe", "pods"]] {
-                match cluster.kubectl(question, "") {
-                    Ok(text) => say(&format!("{}\n{text}", cluster.name)),
-                    Err(error) => say(&format!("{error:#}")),
-                }
+            let pods = cluster.kubectl(&["get", "pods", "-A", "-o", "wide"], "");
+            say(&format!("{}\n{}", cluster.name, pods.unwrap_or_else(|error| format!("{error:#}"))));
+            for (node, pod) in carrick::agents(cluster).unwrap_or_default() {
+                let exec = ["-n", NAMESPACE, "exec", &pod, "--", "carrick", "status"];
+                let status = cluster.kubectl(&exec, "").unwrap_or_else(|error| format!("{error:#}"));
+                say(&format!("{node}\n{status}"));
             }
         }
     }

@@ -4,7 +4,10 @@ use std::{net::IpAddr, thread::sleep, time::Duration};
 
 use ::lab::{
     Namespace, Pod,
-    traffic::{stream::Stream, udp::Flow},
+    traffic::{
+        stream::Stream,
+        udp::{Flow, Report},
+    },
     wait_for,
 };
 use anyhow::Result;
@@ -62,6 +65,12 @@ impl Load {
         let stream = stream.stop();
         let lost: u64 = reports.iter().map(|report| report.back.lost).sum();
         let gap = reports.iter().map(|report| report.back.longest_gap_ms).max().unwrap_or_default();
+        for Report { sent, refused, there, .. } in &reports {
+            say(&format!(
+                "of {sent} sent, {refused} were refused at once and {} did not arrive",
+                there.lost.saturating_sub(*refused)
+            ));
+        }
         stream.failure.iter().for_each(|failure| say(failure));
         table.hold(format!("{name}: lost of 2 x 1 kHz UDP"), price == Price::Some || lost == 0, lost, "packets");
         table.hold(format!("{name}: longest gap"), true, gap, "ms");

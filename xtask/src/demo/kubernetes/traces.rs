@@ -10,6 +10,8 @@ use crate::cluster::record::{Machine, output};
 /// Words of lines that come and go with pods, and those of others' rules.
 const OTHERS: &[&str] =
     &["veth", "cni0", "/run/containerd", "/run/netns", "/run/kubelet", "/run/flannel", "/run/sysctl"];
+/// The kubelet makes the folder for a volume of Carrick's pods, and takes no such folder away.
+const VOLUME: &str = "find /run -path /run/carrick-lab -prune -o -print: /run/carrick (1)";
 /// Of the rulesets, only our table counts: kube-proxy's and flannel's follow their Services and nodes.
 const RULESET: &str = "nft ";
 const OUR_TABLE: &str = "carrick";
@@ -23,7 +25,7 @@ pub fn of(node: &Machine) -> Result<BTreeSet<String>> {
 fn counts(line: &str) -> bool {
     match line.starts_with(RULESET) {
         true => line.contains(OUR_TABLE),
-        false => !OTHERS.iter().any(|word| line.contains(word)),
+        false => line != VOLUME && !OTHERS.iter().any(|word| line.contains(word)),
     }
 }
 
@@ -39,7 +41,7 @@ mod tests {
             "ip -4 route show table all: unreachable 10.44.0.0/16 table 7474 proto kernel (1)",
             "ip -o address show: 1: lo inet6 fd77::1/128 scope global deprecated (1)",
             "nft --stateless list ruleset: table inet carrick { (1)",
-            "find /run -print: /run/carrick/agent.sock (1)",
+            "find /run -path /run/carrick-lab -prune -o -print: /run/carrick/agent.sock (1)",
             "find /sys/fs/bpf: /sys/fs/bpf/carrick (1)",
         ] {
             assert!(counts(line), "{line}");
