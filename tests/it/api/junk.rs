@@ -12,7 +12,7 @@ use super::{
 };
 
 /// Advertisements that a member's team makes, each refused: what fits the time that all checks may take.
-const JUNK: usize = 20_000;
+const JUNK: usize = 2_000;
 /// MiB: what the chart grants a worker's agent, its BPF maps included.
 const MEMORY: u64 = 128;
 
