@@ -7,7 +7,7 @@
 //! only if the kind's CRD has stood from before the list began until after: when a CRD is deleted, the API server first
 //! deletes every object of it, and each of these deletions reaches the watches like any other.
 
-use std::{fmt::Debug, pin::pin, time::Duration};
+use std::{convert::Infallible, fmt::Debug, pin::pin, time::Duration};
 
 use futures::TryStreamExt;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -23,7 +23,7 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{
@@ -36,6 +36,8 @@ use crate::{agent::with_cause, source::store::Event};
 const GROUP: &str = "carrick.dev";
 /// What has gone on for so long was well until then: longer than it takes to connect in vain.
 const WELL: Duration = Duration::from_secs(20);
+/// To answer what is no watch, or to send one page of a list.
+const ANSWER: Duration = Duration::from_secs(30);
 /// Pauses grow to this, and by jitter to twice that.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -120,7 +122,7 @@ where
         let mut pauses = DefaultBackoff::default();
         loop {
             let began = Instant::now();
-            let End::Trouble(trouble) = self.once(&tell, &told).await else { return };
+            let Err(End::Trouble(trouble)) = self.once(&tell, &told).await else { return };
             if began.elapsed() > WELL {
                 pauses.reset();
             }
@@ -132,24 +134,24 @@ where
     }
 
     /// One list and what follows it, until something fails.
-    async fn once(&self, tell: &mpsc::Sender<Told>, told: &(impl Fn(Heard<K::Pruned>) -> Told + Send)) -> End {
-        let before = match self.ground().await {
-            Ok(ground) => ground,
-            Err(end) => return end,
-        };
+    async fn once(
+        &self,
+        tell: &mpsc::Sender<Told>,
+        told: &(impl Fn(Heard<K::Pruned>) -> Told + Send),
+    ) -> Result<Infallible, End> {
+        let plural = self.kind.plural();
+        let before = self.ground().await?;
         let mut events = pin!(watcher(self.api.clone(), self.config.clone()));
+        let mut listed = false;
         loop {
-            let event = match events.try_next().await {
-                Ok(Some(event)) => event,
-                Ok(None) => return End::Trouble(Trouble::Other("the watch has ended".to_owned())),
-                Err(error) => return End::Trouble(trouble(&error, self.kind.plural())),
-            };
-            if matches!(event, watcher::Event::InitDone | watcher::Event::Delete(_)) {
-                match self.ground().await {
-                    Ok(now) if now == before => {}
-                    Ok(_) => return End::Trouble(Trouble::NotServed),
-                    Err(end) => return end,
-                }
+            let next = events.try_next();
+            let next = if listed { next.await } else { answered(next).await? };
+            let event = next.map_err(|error| End::Trouble(trouble(&error, plural)))?;
+            let event = event.ok_or_else(|| End::Trouble(Trouble::Other("the watch has ended".to_owned())))?;
+            listed |= matches!(event, watcher::Event::InitDone);
+            let takes = matches!(event, watcher::Event::InitDone | watcher::Event::Delete(_));
+            if takes && self.ground().await? != before {
+                return Err(End::Trouble(Trouble::NotServed));
             }
             let event = match event {
                 watcher::Event::Init => Event::ListBegins,
@@ -158,20 +160,23 @@ where
                 watcher::Event::Apply(object) => Event::Set(object.name_any(), opened(object)),
                 watcher::Event::Delete(object) => Event::Deleted(object.name_any()),
             };
-            if tell.send(told(Heard::Event(event))).await.is_err() {
-                return End::Unheard;
-            }
+            tell.send(told(Heard::Event(event))).await.map_err(|_| End::Unheard)?;
         }
     }
 
     /// By what the kind stands now.
     async fn ground(&self) -> Result<Ground, End> {
-        match self.kind.ground().await {
+        match answered(self.kind.ground()).await? {
             Ok(Some(ground)) => Ok(ground),
             Ok(None) => Err(End::Trouble(Trouble::NotServed)),
             Err(error) => Err(End::Trouble(Trouble::Other(failure(&error, self.kind.plural())))),
         }
     }
+}
+
+async fn answered<T>(asked: impl Future<Output = T>) -> Result<T, End> {
+    let late = || format!("does not answer within {} s: is it up, and is the address right?", ANSWER.as_secs());
+    timeout(ANSWER, asked).await.map_err(|_| End::Trouble(Trouble::Other(late())))
 }
 
 fn trouble(error: &watcher::Error, plural: &str) -> Trouble {
