@@ -24,7 +24,10 @@ fn check(world: &World, node: usize, wanted: &Expect) -> Result<()> {
 
 pub(super) fn objects_arrive_are_followed_and_go_at_once_when_deleted(world: &mut World) -> Result<()> {
     let _agents = world.start_both()?;
-    check(world, WORKER, &expect![[r#"
+    check(
+        world,
+        WORKER,
+        &expect![[r#"
         7473 10.44.0.0/16 dev carrick-hop proto kernel scope link src 10.42.1.1 mtu 1420
         7474 unreachable 10.44.0.0/16 proto kernel
         7473 throw fd77:8bad:2517:1:ceda:ade:c148:5c38 dev lo proto kernel metric 1024 pref medium
@@ -33,8 +36,12 @@ pub(super) fn objects_arrive_are_followed_and_go_at_once_when_deleted(world: &mu
         7474 throw fd77:8bad:2517:1:ceda:ade:c148:5c38 dev lo proto kernel metric 1024 pref medium
         7474 unreachable fd77:8bad:2517:1::/64 dev lo proto kernel metric 1024 pref medium
         7474 unreachable fd77:8bad:2517:2::/64 dev lo proto kernel metric 1024 pref medium
-    "#]])?;
-    check(world, GATEWAY, &expect![[r#"
+    "#]],
+    )?;
+    check(
+        world,
+        GATEWAY,
+        &expect![[r#"
         7473 10.44.0.0/16 dev carrick-hop proto kernel scope link src 10.42.0.1 mtu 1420
         7474 unreachable 10.44.0.0/16 proto kernel
         7473 throw fd77:8bad:2517:1::1 dev lo proto kernel metric 1024 pref medium
@@ -43,7 +50,8 @@ pub(super) fn objects_arrive_are_followed_and_go_at_once_when_deleted(world: &mu
         7474 throw fd77:8bad:2517:1::1 dev lo proto kernel metric 1024 pref medium
         7474 unreachable fd77:8bad:2517:1::/64 dev lo proto kernel metric 1024 pref medium
         7474 unreachable fd77:8bad:2517:2::/64 dev lo proto kernel metric 1024 pref medium
-    "#]])?;
+    "#]],
+    )?;
     world.put("routeadvertisements", &[advertisement("va", &[VA, "10.45.0.0/16"])])?;
     for node in [GATEWAY, WORKER] {
         world.wait_route(node, "10.45.0.0/16", true)?;
@@ -68,9 +76,9 @@ pub(super) fn a_crd_that_is_deleted_takes_nothing_away_and_comes_back(world: &mu
     }
     for node in [GATEWAY, WORKER] {
         world.wait_status(node, "that two kinds are gone", |status| {
-            ["MeshClusters", "RouteAdvertisements"].iter().all(|kind| {
-                says(status, "problems", &format!("{kind}: the API server does not have this kind"))
-            })
+            ["MeshClusters", "RouteAdvertisements"]
+                .iter()
+                .all(|kind| says(status, "problems", &format!("{kind}: the API server does not have this kind")))
         })?;
         ensure!(world.routes(node)? == before[node]);
     }

@@ -102,8 +102,7 @@ impl Client {
 
     /// Asks from that host. Fails only where nothing answers.
     pub(crate) fn ask(&self, host: &Host, token: &str, ask: &Ask) -> Result<Answer> {
-        host.run(|| self.runtime.block_on(send(self.client.clone(), ask.request(token)?)))
-            .with_context(|| ask.shown())
+        host.run(|| self.runtime.block_on(send(self.client.clone(), ask.request(token)?))).with_context(|| ask.shown())
     }
 
     /// Asks for all of them, several at a time; every one must succeed.

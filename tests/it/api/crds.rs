@@ -84,9 +84,11 @@ fn merge(value: &mut Value, patch: &Value) {
 /// are all that a text holds.
 fn expand(value: &Value) -> Result<Value> {
     match value {
-        Value::Object(fields) => {
-            fields.iter().map(|(name, value)| Ok((name.clone(), expand(value)?))).collect::<Result<_>>().map(Value::Object)
-        }
+        Value::Object(fields) => fields
+            .iter()
+            .map(|(name, value)| Ok((name.clone(), expand(value)?)))
+            .collect::<Result<_>>()
+            .map(Value::Object),
         Value::Array(elements) => {
             let mut all = Vec::new();
             for element in elements {
@@ -183,9 +185,7 @@ pub(super) fn kubectl_shows_what_matters(world: &mut World) -> Result<()> {
     world.put("routeadvertisements", &[advertisement("mn", &["10.42.0.0/16", "fd00:10:1::/48"])])?;
     world.put("egresspolicies", &[object("EgressPolicy", "all", &json!({"members": ["mn"]}))])?;
     world.put("meshgateways", &[mesh_gateway(0, "mn-0")])?;
-    let condition = |kind: &str| {
-        json!({"type": kind, "status": "True", "reason": "Accepted", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"})
-    };
+    let condition = |kind: &str| json!({"type": kind, "status": "True", "reason": "Accepted", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"});
     let status = json!({"status": {"conditions": [condition("Ready"), condition("Connected")]}});
     world.admin(&Ask::merge(&format!("{MESH}/meshclusters/mn/status"), status))?;
     let draining = json!({"status": {"draining": true}});
@@ -234,7 +234,8 @@ pub(super) fn kubectl_shows_what_matters(world: &mut World) -> Result<()> {
             node, and to one slot only.
 
 
-    "#]].assert_eq(&text);
+    "#]]
+    .assert_eq(&text);
     Ok(())
 }
 

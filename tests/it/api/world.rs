@@ -141,7 +141,10 @@ impl World {
         let label = json!({"metadata": {"labels": {"carrick.dev/gateway": "0"}}});
         let asks = [
             (KUBELET, Ask::merge("/api/v1/nodes/mn-1?dryRun=All", label)),
-            (TENANT, Ask::create(&format!("{MESH}/routeadvertisements?dryRun=All"), advertisement("va", &["10.44.0.0/16"]))),
+            (
+                TENANT,
+                Ask::create(&format!("{MESH}/routeadvertisements?dryRun=All"), advertisement("va", &["10.44.0.0/16"])),
+            ),
             (gateway.as_str(), Ask::create(&format!("{MESH}/meshgateways?dryRun=All"), mesh_gateway(1, "mn-1"))),
         ];
         for (token, ask) in asks {
@@ -204,7 +207,8 @@ impl World {
 
     /// Runs `kubectl` as administrator.
     pub(crate) fn kubectl(&self, arguments: &str) -> Result<String> {
-        let config = format!("--kubeconfig={} --cache-dir={}", self.kubeconfig.display(), self.lab.dir("kubectl").display());
+        let config =
+            format!("--kubeconfig={} --cache-dir={}", self.kubeconfig.display(), self.lab.dir("kubectl").display());
         let line = format!("{config} {arguments}");
         self.lab.internet.output(program("KUBECTL")?, &line.split(' ').collect::<Vec<_>>())
     }
@@ -314,17 +318,27 @@ impl World {
     /// What Carrick has in the kernel for packets to other members: both tables of both families.
     pub(crate) fn routes(&self, node: usize) -> Result<String> {
         let show = |family: &str, table: &str| {
-            let said = self.node(node).host.output("sh", &["-c", &format!("ip {family} route show table {table} 2>&1 || true")])?;
-            Ok::<_, anyhow::Error>(said.lines().map(|line| format!("{table} {}\n", line.trim_end())).collect::<String>())
+            let said = self
+                .node(node)
+                .host
+                .output("sh", &["-c", &format!("ip {family} route show table {table} 2>&1 || true")])?;
+            Ok::<_, anyhow::Error>(
+                said.lines().map(|line| format!("{table} {}\n", line.trim_end())).collect::<String>(),
+            )
         };
         let tables = [("-4", "7473"), ("-4", "7474"), ("-6", "7473"), ("-6", "7474")];
         tables.iter().map(|(family, table)| show(family, table)).collect()
     }
 
-    /// Waits until an address is, or is no longer, routed by Carrick.
+    /// Waits until a range is, or is no longer, routed by Carrick.
     pub(crate) fn wait_route(&self, node: usize, range: &str, there: bool) -> Result<()> {
-        let what = format!("{range} to be {} on {}", if there { "routed" } else { "gone" }, self.node(node).host.name());
-        wait_for(&what, SOON, || {
+        self.wait_route_within(SOON, node, range, there)
+    }
+
+    pub(crate) fn wait_route_within(&self, limit: Duration, node: usize, range: &str, there: bool) -> Result<()> {
+        let state = if there { "routed" } else { "gone" };
+        let what = format!("{range} to be {state} on {}", self.node(node).host.name());
+        wait_for(&what, limit, || {
             let routes = self.routes(node).map_err(|error| format!("{error:#}"))?;
             if routes.contains(range) == there { Ok(()) } else { Err(routes) }
         })
