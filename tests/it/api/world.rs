@@ -114,7 +114,7 @@ impl World {
         for node in [GATEWAY, WORKER] {
             self.make_node(node)?;
             for account in ["carrick-worker", "carrick-gateway"] {
-                self.make_pod(account, &self.node(node).host.name().to_owned())?;
+                self.make_pod(account, self.node(node).host.name())?;
             }
             write_hop_secret(&self.keys(node))?;
         }
