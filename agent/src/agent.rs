@@ -428,6 +428,7 @@ impl Agent {
         });
         Status {
             synced: true,
+            serving: self.keys.are_complete() && failures.is_empty(),
             ready: survey.complete && survey.rejected.is_empty() && failures.is_empty() && outcome.withheld == 0,
             connected: !members.is_empty() && members.iter().all(|member| member.reached),
             slot,

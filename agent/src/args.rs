@@ -92,7 +92,8 @@ pub struct Node {
     /// This node's name: that of its Node, where there are any. Default: the host's.
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     pub node_name: Option<NodeName>,
-    /// The folder of the keys (0700): files `gateway-ORDINAL`, `hop` and `psk-MEMBER` (0600, base64).
+    /// The folder of the keys (0700): files `gateway-ORDINAL`, `hop` and `psk-MEMBER` (0600, base64). With `--kube`, a slot's
+    /// key is in its Secret instead, `carrick-gateway-ORDINAL`.
     #[arg(long, value_name = "DIR", default_value = "/etc/carrick/keys")]
     pub keys_dir: PathBuf,
     /// A range of this cluster's own beyond those it advertises, which no other member may claim; may be given several times.
@@ -199,6 +200,10 @@ pub struct Status {
     /// The folder of the agent's socket.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     pub run_dir: PathBuf,
+    /// Exit code 0 if this node serves, ready or not: it has read what there is, has its keys, and did all that follows in
+    /// its kernel. What was refused, and what waits for a better view, does not count. For readiness probes.
+    #[arg(long)]
+    pub serving: bool,
     #[command(flatten)]
     pub output: Output,
 }

@@ -15,8 +15,8 @@ use crate::{
 pub struct Facts {
     /// This node, as its Node is called where there are any.
     pub node: NodeName,
-    /// The public keys of the private keys that this node has for its slot, at most two.
-    pub slot_keys: BTreeSet<PublicKey>,
+    /// The public keys of the private keys that this node has for its slot, at most two; `None`: not known yet.
+    pub slot_keys: Option<BTreeSet<PublicKey>>,
     /// The cluster's hop secrets, at most two; the first sends.
     pub hop_ids: Vec<HopId>,
     /// Members with a preshared key; `None`: there is one, but it cannot be used.

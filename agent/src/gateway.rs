@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-pub use task::follow;
+pub use self::{api::read_keys, task::follow};
 
 use crate::{
     api::{MeshGateway, MeshGatewaySpec, Objects},
@@ -196,7 +196,7 @@ impl Ask {
 pub enum Answer {
     Leases(BTreeMap<Ordinal, Lease>),
     Written(Lease),
-    /// Somebody else was there first.
+    /// Somebody else was there first: all Leases are listed, and heard, before another is written.
     Refused,
     Keys(Vec<PrivateKey>),
     Done,
@@ -290,9 +290,7 @@ impl Gateway {
             Wish::Worker => self.settle(None),
             Wish::Pinned(slot) => self.settle(Some(slot).filter(|slot| self.known.pinned.get(slot) == Some(&self.me))),
         };
-        let Some(listed) = self.listed.filter(|_| !self.stale) else {
-            return (by_lease || self.stale).then_some(Ask::Leases);
-        };
+        let Some(listed) = self.listed else { return by_lease.then_some(Ask::Leases) };
         let others = &self.known.others;
         let silent_for = |slot: &Ordinal| self.silent.get(slot).map(|since| now.saturating_sub(*since));
         let answers = |slot: &&Ordinal| silent_for(slot).is_none_or(|silent| silent < SILENT);
@@ -303,14 +301,17 @@ impl Gateway {
             Ordinal::all().take(self.slots.into()).filter(|slot| by_lease && !self.known.pinned.contains_key(slot));
         let free = free.collect();
         let decision = self.claims.decide(now, &slot::View { free: &free, answering: &answering, isolated });
+        // Whoever was refused hears what stands before it writes again. Until then it decides on what it knows: it may be
+        // cut off from all.
+        let ask = if self.stale { Some(Ask::Leases) } else { decision.write.clone().map(Ask::Write) };
         if !by_lease {
-            return decision.write.map(Ask::Write);
+            return ask;
         }
         self.hold = decision.hold;
         self.settled = true;
         self.waits = decision == slot::Decision::default();
         let looks = decision.hold.is_none() && now.saturating_sub(listed) >= LOOK;
-        decision.write.map(Ask::Write).or(looks.then_some(Ask::Leases))
+        ask.or(looks.then_some(Ask::Leases))
     }
 
     /// Holds the slot without a Lease. Returns that it is not by Lease.

@@ -144,8 +144,10 @@ impl<'a> Here<'a> {
             rejected.push(Rejection { kind, name, field, reason: Reason::NotInMesh, message });
             return None;
         }
-        let slot = intent.slot_of(&facts.node).and_then(|slot| match gateway(intent, facts, member, slot) {
-            Ok(gateway) => Some((slot, gateway)),
+        // A slot whose key is not known yet cannot be used, but there is nothing wrong with it.
+        let held = intent.slot_of(&facts.node).zip(facts.slot_keys.as_ref());
+        let slot = held.and_then(|held| match gateway(intent, facts, member, held) {
+            Ok(gateway) => Some((held.0, gateway)),
             Err(rejection) => {
                 rejected.push(rejection);
                 None
@@ -209,14 +211,19 @@ fn device_mtu(underlay: u32, overhead: u32) -> u16 {
 }
 
 /// The folder's entry for the slot that this node holds, if it is this node's and it can be used.
-fn gateway<'a>(intent: &Intent, facts: &Facts, member: &'a Member, slot: Ordinal) -> Result<&'a Gateway, Rejection> {
+fn gateway<'a>(
+    intent: &Intent,
+    facts: &Facts,
+    member: &'a Member,
+    (slot, keys): (Ordinal, &BTreeSet<PublicKey>),
+) -> Result<&'a Gateway, Rejection> {
     let Some(gateway) = member.gateways.get(&slot) else {
-        let keys: Vec<String> = facts.slot_keys.iter().map(ToString::to_string).collect();
+        let keys: Vec<String> = keys.iter().map(ToString::to_string).collect();
         let message =
             format!("the folder names no gateway with ordinal {slot}: add it with publicKey {}", keys.join(" or "));
         return Err(about_member(intent, "spec.gateways", Reason::NotInMesh, message));
     };
-    if !facts.slot_keys.contains(&gateway.key) {
+    if !keys.contains(&gateway.key) {
         let message = format!(
             "{} is not the key of this node's slot {slot}: put the public key that `carrick keys show` prints here, or the private key that belongs to this one into the keys folder",
             gateway.key

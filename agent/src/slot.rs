@@ -1,8 +1,9 @@
 //! Which slot this node holds: by its label, or by a Lease (DESIGN: several gateways at once, no election among them).
 //!
-//! Invariant: a slot is taken over only from a holder whose Lease stood still for [`DURATION`] and who does not answer
-//! the claimant's own probes, and of two that hold one slot at most one hears the API server: the other gives it up as
-//! soon as it does. Two nodes with one key would make every peer roam between them. Leases are compared with
+//! Invariant: a slot is taken over only where no holder answers the claimant's own probes, and where the Lease that named
+//! one, if any was heard of, stood still for [`DURATION`]; and of two that hold one slot at most one hears the API server:
+//! the other gives it up as soon as it does. Two nodes with one key would make every peer roam between them. A Lease that
+//! somebody deletes changes nothing: its holder writes it anew, and to others it stands still. Leases are compared with
 //! what was heard before and timed by this node's own clock: no other node's clock is ever believed.
 
 use std::{
@@ -65,7 +66,8 @@ pub struct Write {
     pub ordinal: Ordinal,
     /// `None` gives the slot back.
     pub holder: Option<NodeName>,
-    /// Only over this version; `None`: only if there is no Lease. Who comes second is refused.
+    /// Only over this version; `None`: only if there is no Lease. Who comes second is refused (409, or 404 where the Lease
+    /// is gone), and must [hear](Claims::hear) what stands now before it writes again.
     pub over: Option<String>,
 }
 
@@ -87,11 +89,16 @@ pub struct Decision {
     pub write: Option<Write>,
 }
 
-/// A Lease, and when this node heard of it.
+/// A Lease, and how this node knows of it.
 #[derive(Clone, Debug)]
 struct Heard {
     lease: Lease,
+    /// When it became what it is: when this node heard of it, or sent the write.
     since: Duration,
+    /// A write of this node's made it what it is. Of what was written in a run before, it only hears.
+    written: bool,
+    /// It names a holder, and somebody has deleted it since.
+    deleted: bool,
 }
 
 /// What this node knows of its cluster's Leases. Every `now` is of one monotonic clock of its own.
@@ -99,8 +106,6 @@ struct Heard {
 pub struct Claims {
     me: NodeName,
     heard: BTreeMap<Ordinal, Heard>,
-    /// When the write was sent that made the Lease what it is; not heard of from a run before.
-    sent: Option<Duration>,
     /// Its Lease had lapsed while nobody answered it: somebody else may have the slot, until a renewal is taken.
     lost: bool,
     synced: bool,
@@ -108,7 +113,7 @@ pub struct Claims {
 
 impl Claims {
     pub fn new(me: NodeName) -> Claims {
-        Claims { me, heard: BTreeMap::new(), sent: None, lost: false, synced: false }
+        Claims { me, heard: BTreeMap::new(), lost: false, synced: false }
     }
 
     /// Each Lease has been told of, or is not there. Before, nothing is claimed.
@@ -118,35 +123,38 @@ impl Claims {
 
     /// What the API server says of a Lease; `None`: there is none.
     pub fn hear(&mut self, now: Duration, ordinal: Ordinal, lease: Option<Lease>) {
-        let Some(lease) = lease else {
-            self.heard.remove(&ordinal);
-            return;
-        };
-        if self.heard.get(&ordinal).is_none_or(|heard| heard.lease != lease) {
-            self.heard.insert(ordinal, Heard { lease, since: now });
+        let known = self.heard.get_mut(&ordinal);
+        match (lease, known) {
+            (Some(lease), Some(known)) if known.lease == lease && !known.deleted => {}
+            (Some(lease), _) => {
+                self.heard.insert(ordinal, Heard { lease, since: now, written: false, deleted: false });
+            }
+            // Whoever deletes a Lease takes no slot from who holds it.
+            (None, Some(known)) if known.lease.holder.is_some() => known.deleted = true,
+            (None, _) => _ = self.heard.remove(&ordinal),
         }
     }
 
     /// A write of ours was taken: what the Lease is now, and when the write was sent.
     pub fn wrote(&mut self, sent: Duration, ordinal: Ordinal, lease: Lease) {
-        self.sent = Some(sent);
-        self.lost = false;
-        self.hear(sent, ordinal, Some(lease));
+        if lease.holder.as_ref() == Some(&self.me) {
+            self.lost = false;
+        }
+        self.heard.insert(ordinal, Heard { lease, since: sent, written: true, deleted: false });
     }
 
     pub fn decide(&mut self, now: Duration, view: &View<'_>) -> Decision {
         let (kept, back) = self.held(view);
-        let back = back.map(|ordinal| self.write(ordinal, None));
-        let Some(ordinal) = kept else {
+        let back = back.and_then(|ordinal| self.give_back(ordinal));
+        let Some((ordinal, heard)) = kept.and_then(|ordinal| self.heard.get_key_value(&ordinal)) else {
             self.lost = false;
             return Decision { hold: None, write: back.or_else(|| self.claim(now, view)) };
         };
-        let lapsed = self.sent.or(self.heard.get(&ordinal).map(|heard| heard.since));
-        let lapsed = lapsed.is_some_and(|since| now.saturating_sub(since) >= DURATION);
-        self.lost |= lapsed && view.isolated;
-        let due = self.sent.is_none_or(|sent| now.saturating_sub(sent) >= RENEW);
-        let renewal = || due.then(|| self.write(ordinal, Some(self.me.clone())));
-        Decision { hold: (!self.lost).then_some(ordinal), write: back.or_else(renewal) }
+        let age = now.saturating_sub(heard.since);
+        let due = !heard.written || heard.deleted || age >= RENEW;
+        self.lost |= age >= DURATION && view.isolated;
+        let renewal = || due.then(|| self.write(*ordinal, Some(self.me.clone())));
+        Decision { hold: (!self.lost).then_some(*ordinal), write: back.or_else(renewal) }
     }
 
     /// The slot of this node, and one to give back: what it holds beyond one, or what has become somebody's by label.
@@ -157,20 +165,28 @@ impl Claims {
         (kept, mine().find(|ordinal| Some(*ordinal) != kept))
     }
 
-    /// The lowest slot that is nobody's, or whose holder is gone.
+    /// `None`: it is nobody's already.
+    fn give_back(&mut self, ordinal: Ordinal) -> Option<Write> {
+        if self.heard.get(&ordinal).is_some_and(|heard| heard.deleted) {
+            self.heard.remove(&ordinal);
+            return None;
+        }
+        Some(self.write(ordinal, None))
+    }
+
+    /// The lowest slot that is nobody's, or whose holder is gone. Whoever has given a slot up, or has lost its Lease, may
+    /// not have let it go yet: then it answers.
     fn claim(&self, now: Duration, view: &View<'_>) -> Option<Write> {
-        let is_nobodys = |ordinal: &Ordinal| match self.heard.get(ordinal) {
-            Some(Heard { lease: Lease { holder: Some(_), .. }, since }) => {
-                now.saturating_sub(*since) >= DURATION && !view.answering.contains(ordinal)
-            }
-            _ => true,
-        };
-        let ordinal = view.free.iter().find(|ordinal| is_nobodys(ordinal)).filter(|_| self.synced)?;
+        let stands = |heard: &Heard| heard.lease.holder.is_some() && now.saturating_sub(heard.since) < DURATION;
+        let is_free =
+            |ordinal: &&Ordinal| !view.answering.contains(ordinal) && !self.heard.get(ordinal).is_some_and(stands);
+        let ordinal = view.free.iter().find(is_free).filter(|_| self.synced)?;
         Some(self.write(*ordinal, Some(self.me.clone())))
     }
 
     fn write(&self, ordinal: Ordinal, holder: Option<NodeName>) -> Write {
-        Write { ordinal, holder, over: self.heard.get(&ordinal).map(|heard| heard.lease.version.clone()) }
+        let stands = self.heard.get(&ordinal).filter(|heard| !heard.deleted);
+        Write { ordinal, holder, over: stands.map(|heard| heard.lease.version.clone()) }
     }
 }
 

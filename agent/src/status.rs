@@ -19,6 +19,9 @@ pub struct Status {
     pub synced: bool,
     /// Everything that is written was read, and this node has all of it in its kernel.
     pub ready: bool,
+    /// This node has its keys, and the latest pass did all that it had to do: whatever was refused, and whatever waits for a
+    /// better view.
+    pub serving: bool,
     /// There are other members, and this node has a way to each of them.
     pub connected: bool,
     /// The slot that this node holds; `None`: a worker.

@@ -79,6 +79,8 @@ pub struct Keys {
     wanted: Wanted,
     /// The slot's keys, if it has one, and the names of all preshared ones are known.
     complete: bool,
+    /// This node has a slot, whose Secret has not been read yet.
+    awaited: bool,
     pub problems: Vec<String>,
 }
 
@@ -95,15 +97,19 @@ impl Keys {
         self.keyring = read;
         self.complete = !problems.iter().any(KeyProblem::blocks);
         self.problems = problems.iter().map(ToString::to_string).collect();
-        if let (SlotKeys::Secret(keys), true) = (slots, self.complete) {
-            self.keyring.private = keys.cloned().unwrap_or_default();
-            if let Some(slot) = self.wanted.slot.filter(|_| keys.is_none()) {
-                self.complete = false;
-                self.problems.push(format!(
-                    "the key of slot {slot} has not been read from its Secret yet: nothing is taken away"
-                ));
-            }
+        let SlotKeys::Secret(keys) = slots else { return };
+        self.keyring.private = keys.cloned().unwrap_or_default();
+        self.awaited = keys.is_none() && self.wanted.slot.is_some();
+        if let Some(slot) = self.wanted.slot.filter(|_| self.awaited) {
+            self.complete = false;
+            self.problems
+                .push(format!("the key of slot {slot} has not been read from its Secret yet: nothing is taken away"));
         }
+    }
+
+    /// Whether every key that this node's part asks for could be read.
+    pub fn are_complete(&self) -> bool {
+        self.complete
     }
 
     /// Whether what is known suffices to take something away from these members. A preshared key that cannot be used is
@@ -124,6 +130,16 @@ impl Keys {
     /// What the hop secrets are to packets; the first sends.
     pub fn hop_marks(&self) -> Vec<HopMark> {
         self.keyring.hop.iter().map(HopSecret::mark).collect()
+    }
+
+    /// The slot's keys to use. Before its Secret has been read, those that are in use stay: a restart changes nothing.
+    /// `None`: nothing is known of any.
+    fn slot_keys(&self, reading: &Reading) -> Option<BTreeSet<PublicKey>> {
+        if !self.awaited {
+            return Some(self.keyring.private.keys().copied().collect());
+        }
+        let in_use: BTreeSet<_> = reading.state.wireguard.values().map(|device| device.key).collect();
+        Some(in_use).filter(|keys| !keys.is_empty())
     }
 
     /// The hop secrets to use. Where none could ever be read, those that are in use stay.
@@ -178,7 +194,7 @@ pub fn survey(
     let mut facts = Facts {
         node: node_name(args),
         hop_ids: keys.hop_ids(reading),
-        slot_keys: keys.keyring.private.keys().copied().collect(),
+        slot_keys: keys.slot_keys(reading),
         psks: keys
             .keyring
             .preshared
@@ -218,4 +234,25 @@ fn seen(reading: &Reading, now: SystemTime) -> BTreeMap<(Device, PublicKey), See
 fn carved(reading: &Reading) -> BTreeSet<IpAddr> {
     let in_use = reading.state.peers.values().filter_map(|peer| peer.endpoint.map(|endpoint| endpoint.ip()));
     in_use.filter(|ip| reading.state.routes.get(&(Table::Remote, (*ip).into())) == Some(&Route::Throw)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{names::Ordinal, state::WireGuard};
+
+    /// As a gateway that restarts finds itself: its Secret is read after the first pass.
+    #[test]
+    fn before_a_slot_s_secret_is_read_the_keys_in_use_stay() {
+        let key = |n: u8| PrivateKey::new([n; 32]);
+        let device = |n: u8| WireGuard { key: key(n).public(), port: 27473 };
+        let mut reading = Reading::default();
+        let mut keys = Keys { awaited: true, ..Keys::default() };
+        assert_eq!(keys.slot_keys(&reading), None);
+        reading.state.wireguard = Ordinal::all().map(Device).map(|slot| (slot, device(1))).collect();
+        assert_eq!(keys.slot_keys(&reading), Some([key(1).public()].into()));
+        keys.keyring.private = [(key(2).public(), key(2))].into();
+        keys.awaited = false;
+        assert_eq!(keys.slot_keys(&reading), Some([key(2).public()].into()));
+    }
 }

@@ -19,6 +19,7 @@ mod flags;
 mod laws;
 mod pods;
 mod rights;
+mod rollout;
 #[cfg(test)]
 mod tests;
 

@@ -14,10 +14,11 @@ use crate::{
     args,
     dial::Dialer,
     diff::diff,
+    gateway,
     kernel::{Linux, bpf::Bpf, facts},
     reconcile::{Kernel, waits},
     resolve::{Resolved, Resolver},
-    source,
+    source::{self, Origin},
     state::Op,
     survey::{Found, Keys, SlotKeys, View, node_name, survey},
     tunnel::client::Client,
@@ -38,10 +39,19 @@ struct Answer {
 
 pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     check_backend(&args.node.backend)?;
-    let snapshot = source::read(&args.node.origin(node_name(&args.node))).await?;
+    let origin = args.node.origin(node_name(&args.node));
+    let snapshot = source::read(&origin).await?;
     let view = View::new(&snapshot, &args.node);
+    let secret = match (&origin, view.intent.slot_of(&node_name(&args.node))) {
+        (Origin::Kube(server), Some(slot)) => Some(gateway::read_keys(server, slot).await),
+        _ => None,
+    };
     let mut keys = Keys::default();
-    keys.refresh(&args.node, &view.intent, SlotKeys::Folder);
+    keys.refresh(
+        &args.node,
+        &view.intent,
+        secret.as_ref().map_or(SlotKeys::Folder, |read| SlotKeys::Secret(read.as_ref().ok())),
+    );
     let resolved = resolve(view.endpoint_names()).await;
     let client = Client::new(&args.node.backend.run_dir);
     let bpf = Bpf::new(&args.node.backend.bpffs, &args.node.backend.run_dir)?;
@@ -64,6 +74,7 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
         waiting: waiting.iter().map(ToString::to_string).collect(),
         rejections: view.rejected.iter().chain(&survey.rejected).map(ToString::to_string).collect(),
         problems: (view.problems.iter().chain(&keys.problems).cloned())
+            .chain(secret.and_then(Result::err))
             .chain(node.conditions.iter().map(ToString::to_string))
             .chain(unresolved)
             .chain(reading.failed.iter().map(|error| with_cause(error)))

@@ -13,7 +13,7 @@ use crate::{
 pub(super) async fn run(args: args::Status) -> anyhow::Result<bool> {
     let status = ask(&args.run_dir, Request::Status).await?;
     super::print(args.output.output, &status, || status.table())?;
-    Ok(status.ready)
+    Ok(if args.serving { status.serving } else { status.ready })
 }
 
 /// Asks this node's agent.

@@ -3,7 +3,7 @@
 //! Invariants: what is written over has been read before (its resource version goes along), but for the MeshGateway, which
 //! is applied. No key is ever in an error.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use k8s_openapi::{
     ByteString,
@@ -24,9 +24,9 @@ use crate::{
     agent::with_cause,
     api::{MeshGateway, MeshGatewaySpec},
     keyring,
-    keys::PrivateKey,
+    keys::{PrivateKey, PublicKey},
     names::{NodeName, Ordinal},
-    slot,
+    slot, source,
 };
 
 /// Owns, by server-side apply, what this module writes.
@@ -38,6 +38,23 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Of a slot's Lease and of its Secret.
 pub(super) fn name(slot: Ordinal) -> String {
     format!("carrick-gateway-{slot}")
+}
+
+/// The keys of a slot as its Secret has them, for who only looks: nothing is made. An error says what to do.
+pub async fn read_keys(server: &source::Server, slot: Ordinal) -> Result<BTreeMap<PublicKey, PrivateKey>, String> {
+    let client = server.client().await.map_err(|error| error.to_string())?;
+    let (secrets, name) = (Api::<Secret>::default_namespaced(client), name(slot));
+    let what = format!("Secret {name}");
+    let read = timeout(PATIENCE, secrets.get(&name)).await;
+    let read = read.map_err(|_| format!("{what}: the API server does not answer"))?;
+    let mut secret = read.map_err(|error| failure(&error, &what))?;
+    let keys = keys_of(&secret);
+    wipe(&mut secret);
+    match keys {
+        Ok(Some(keys)) => Ok(keys.into_iter().map(|key| (key.public(), key)).collect()),
+        Ok(None) => Err(format!("{what}: there is no key in it yet: the agent makes it")),
+        Err(fault) => Err(format!("{what}, entry {ENTRY}: {fault}")),
+    }
 }
 
 pub(super) struct Server {
@@ -83,17 +100,17 @@ impl Server {
     async fn write(&self, write: &slot::Write) -> Result<Answer, Error> {
         let name = name(write.ordinal);
         let lease = leased(write, MicroTime(Timestamp::now()));
-        let written = match &write.over {
+        // Another version, or gone; or made meanwhile. Nothing is made where there is no namespace: that is no news to hear.
+        let (written, refusals): (_, &[u16]) = match &write.over {
             None => {
                 let lease = serde_json::from_value(lease).map_err(Error::SerdeError)?;
-                self.leases.create(&PostParams::default(), &lease).await
+                (self.leases.create(&PostParams::default(), &lease).await, &[409])
             }
-            Some(_) => self.leases.patch(&name, &PatchParams::default(), &Patch::Merge(lease)).await,
+            Some(_) => (self.leases.patch(&name, &PatchParams::default(), &Patch::Merge(lease)).await, &[404, 409]),
         };
         match written {
             Ok(lease) => Ok(heard(&lease).map_or(Answer::Refused, |(_, lease)| Answer::Written(lease))),
-            // Another version, gone, or made meanwhile.
-            Err(Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(Answer::Refused),
+            Err(Error::Api(status)) if refusals.contains(&status.code) => Ok(Answer::Refused),
             Err(error) => Err(error),
         }
     }

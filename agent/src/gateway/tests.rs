@@ -365,18 +365,20 @@ fn a_secret_holds_what_a_key_file_holds() {
     assert_eq!(told(&keys, Some(&public(3))), Some(public(1)));
 }
 
-/// What befalls a node at a second: whether the API server is there for it, and the hop.
+/// What befalls a node at a second: whether the API server is there for it, and the hop; and whether somebody deletes a
+/// Lease then.
 #[derive(Clone, Copy, Debug)]
 struct Fault {
     at: u32,
     node: usize,
     api: bool,
     hop: bool,
+    deleted: Option<i64>,
 }
 
 fn faults() -> impl Strategy<Value = Vec<Fault>> {
-    let fault = (0..600u32, 0..4usize, any::<bool>(), any::<bool>());
-    vec(fault.prop_map(|(at, node, api, hop)| Fault { at, node, api, hop }), 0..16)
+    let fault = (0..600u32, 0..4usize, any::<bool>(), any::<bool>(), proptest::option::of(0..2i64));
+    vec(fault.prop_map(|(at, node, api, hop, deleted)| Fault { at, node, api, hop, deleted }), 0..16)
 }
 
 struct Node {
@@ -398,8 +400,12 @@ fn live(faults: &[Fault], seconds: u32, mut look: impl FnMut(u32, &[Node])) -> V
     for second in 0..seconds {
         for fault in faults.iter().filter(|fault| fault.at == second) {
             (nodes[fault.node].api, nodes[fault.node].hop) = (fault.api, fault.hop);
+            fault.deleted.and_then(|n| world.leases.remove(&slot(n)));
         }
-        let hops: BTreeMap<String, bool> = nodes.iter().map(|one| (one.gateway.me.to_string(), one.hop)).collect();
+        // Who answers for a slot over the hop: whoever has it in its kernel.
+        let up = nodes.iter().filter(|one| one.hop);
+        let answers: BTreeMap<String, Option<Ordinal>> =
+            up.map(|one| (one.gateway.me.to_string(), one.gateway.hold)).collect();
         for one in &mut nodes {
             let now = SECOND * second;
             if one.api {
@@ -409,8 +415,10 @@ fn live(faults: &[Fault], seconds: u32, mut look: impl FnMut(u32, &[Node])) -> V
             }
             let others = one.known.gateways.iter().filter(|(_, spec)| spec.node != one.gateway.me.as_str());
             one.known.others = others.clone().map(|(slot, _)| *slot).collect();
-            one.known.silent =
-                others.filter(|(_, spec)| !(one.hop && hops[&spec.node])).map(|(slot, _)| *slot).collect();
+            let is_silent = |(slot, spec): &(&Ordinal, &MeshGatewaySpec)| {
+                !one.hop || answers.get(&spec.node) != Some(&Some(**slot))
+            };
+            one.known.silent = others.filter(is_silent).map(|(slot, _)| *slot).collect();
             one.gateway.know(now, one.known.clone());
             while let Some(ask) = one.gateway.next(now) {
                 let answer = if one.api { world.answer(&ask) } else { Answer::Failed("away".to_owned()) };
@@ -426,6 +434,41 @@ fn live(faults: &[Fault], seconds: u32, mut look: impl FnMut(u32, &[Node])) -> V
         look(second, &nodes);
     }
     nodes
+}
+
+/// Whatever it asked last: a renewal that failed must not keep it from looking at the clock.
+#[test]
+fn who_is_cut_off_from_all_lets_its_slot_go() {
+    let cut_off = |at| Fault { at, node: 0, api: false, hop: false, deleted: None };
+    for at in 100..120 {
+        let mut held = Vec::new();
+        live(&[cut_off(at)], at + 61, |second, nodes| {
+            held.extend((second + 1 >= at).then(|| nodes[0].gateway.hold));
+        });
+        assert_eq!((held[0], held[61]), (Some(slot(0)), None), "cut off at {at}: {held:?}");
+    }
+}
+
+#[test]
+fn a_lease_that_is_deleted_is_written_anew() {
+    let (mut gateway, mut world, mut text) = (one(), World::default(), String::new());
+    run(&mut gateway, &mut world, &labelled("auto"), (0, 30), &mut text);
+    world.leases.clear();
+    run(&mut gateway, &mut world, &labelled("auto"), (30, 70), &mut text);
+    expect![[r#"
+        0 s: list Leases
+        0 s: worker
+        0 s: Lease 0 to n1 over none
+        0 s: key of slot 0
+        0 s: gateway 0 of 1 keys
+        0 s: MeshGateway 0 n1 ["192.0.2.1"]
+        20 s: Lease 0 to n1 over 1
+        40 s: Lease 0 to n1 over 2
+        40 s: list Leases
+        40 s: Lease 0 to n1 over none
+        60 s: Lease 0 to n1 over 3
+    "#]]
+    .assert_eq(&text);
 }
 
 proptest! {
@@ -447,7 +490,9 @@ proptest! {
     }
 
     #[test]
-    fn a_minute_has_few_requests(faults in faults()) {
+    fn a_minute_has_few_requests(mut faults in faults()) {
+        // Whoever deletes a Lease every second makes its holder write it every second.
+        faults.iter_mut().for_each(|fault| fault.deleted = None);
         for one in live(&faults, 700, |_, _| {}) {
             for minute in 0..640 {
                 let within = |about: About| {
@@ -463,7 +508,7 @@ proptest! {
 
     #[test]
     fn when_all_is_well_again_every_slot_is_held_once_and_written_so(faults in faults()) {
-        let all_well = (0..4).map(|node| Fault { at: 600, node, api: true, hop: true });
+        let all_well = (0..4).map(|node| Fault { at: 600, node, api: true, hop: true, deleted: None });
         let faults: Vec<Fault> = faults.into_iter().chain(all_well).collect();
         let nodes = live(&faults, 800, |_, _| {});
         let held: BTreeSet<Ordinal> = nodes.iter().filter_map(|one| one.gateway.hold).collect();

@@ -84,7 +84,7 @@ fn member(n: u8, line: &str) -> (MemberName, Member) {
 fn facts() -> Facts {
     Facts {
         node: "n1".parse().expect("a node's name"),
-        slot_keys: [key(0)].into(),
+        slot_keys: Some([key(0)].into()),
         hop_ids: vec![HopId::from_bytes([0x11; 8])],
         psks: BTreeMap::new(),
         resolved: [("gw.example.com".into(), vec!["10.44.9.9".parse().expect("an address")])].into(),
@@ -469,7 +469,7 @@ fn a_preshared_key_that_cannot_be_used_leaves_its_member_out() {
 fn a_node_that_the_folder_does_not_name_closes_what_the_others_claim() {
     check(
         TWO,
-        &Facts { slot_keys: [key(77)].into(), ..facts() },
+        &Facts { slot_keys: Some([key(77)].into()), ..facts() },
         expect![[r#"
         ip -4 rule add priority 11 lookup 7473
         ip -4 rule add priority 12 not iif lo lookup 7474
@@ -502,6 +502,21 @@ fn a_node_that_the_folder_does_not_name_closes_what_the_others_claim() {
     .assert_eq(&rejected[0].to_string());
 }
 
+#[test]
+fn a_slot_whose_key_is_not_known_yet_is_not_used_and_not_refused() {
+    check(
+        TWO,
+        &Facts { slot_keys: None, ..facts() },
+        expect![[r#"
+            ip -4 rule add priority 11 lookup 7473
+            ip -4 rule add priority 12 not iif lo lookup 7474
+            ip -6 rule add priority 11 not oif eth0 lookup 7473
+            ip -6 rule add priority 12 not iif lo lookup 7474
+            ip route replace unreachable 10.44.0.0/16 table 7474
+        "#]],
+    );
+}
+
 /// Three nodes, two of them gateways; a pod outside its node's range, and nodes whose own addresses are offered.
 const MANY: &str = "
     mn 1 gw0@203.0.113.1:27473 gw1@203.0.113.2:27473 10.42.0.0/16 192.0.2.0/24
@@ -514,7 +529,7 @@ const MANY: &str = "
 
 fn at(node: &str, slot_keys: &[u8]) -> Facts {
     let addresses = ["192.0.2.3", "10.42.3.1", "10.42.77.1"].map(|address| address.parse().expect("an address"));
-    let slot_keys = slot_keys.iter().map(|n| key(*n)).collect();
+    let slot_keys = Some(slot_keys.iter().map(|n| key(*n)).collect());
     Facts { node: node.parse().expect("a node's name"), slot_keys, addresses: addresses.into(), ..facts() }
 }
 
@@ -936,7 +951,7 @@ fn any_world() -> impl Strategy<Value = (Intent, Vec<Facts>)> {
             let addresses =
                 [format!("10.100.{i}.1"), format!("10.102.255.{i}"), format!("fd00:{i}::1"), "10.102.7.7".into()];
             let addresses = addresses.iter().map(|address| address.parse().expect("an address")).collect();
-            Facts { node, slot_keys: own.into_iter().collect(), addresses, ipv6: luck != 1, ..facts() }
+            Facts { node, slot_keys: Some(own.into_iter().collect()), addresses, ipv6: luck != 1, ..facts() }
         });
         let facts = facts.collect();
         (intent, facts)
@@ -1068,7 +1083,7 @@ proptest! {
         let mut plans: BTreeMap<MemberId, Maps> = BTreeMap::new();
         for (name, member) in intent.members.clone() {
             intent.me = name;
-            let slot_keys = member.gateways.values().map(|gateway| gateway.key).collect();
+            let slot_keys = Some(member.gateways.values().map(|gateway| gateway.key).collect());
             let (state, _) = plan(&intent, &Facts { slot_keys, ..facts() });
             plans.extend(state.maps.map(|maps| (member.id, maps)));
         }

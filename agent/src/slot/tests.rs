@@ -1,3 +1,5 @@
+//! Labels; and a cluster whose nodes claim slots under random troubles.
+
 use proptest::prelude::*;
 
 use super::*;
@@ -39,10 +41,11 @@ struct Node {
     /// Whether its hop works: to all others whose hop works too.
     hop: bool,
     runs: bool,
+    /// In its kernel, whether its agent runs or not.
     holds: Option<Ordinal>,
 }
 
-/// What befalls a node.
+/// What befalls a node, or the slot of its number.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     Api(bool),
@@ -50,6 +53,7 @@ enum Fault {
     Runs(bool),
     /// The agent starts anew, and remembers nothing.
     Restarts,
+    LeaseDeleted,
 }
 
 impl World {
@@ -68,11 +72,10 @@ impl World {
         }
     }
 
-    /// The node that the Lease names answers by its kernel, whether its agent runs or not.
+    /// Whether another node that has the slot in its kernel answers, whatever a Lease says.
     fn answers(&self, from: usize, ordinal: Ordinal) -> bool {
-        let holder = self.leases.get(&ordinal).and_then(|lease| lease.holder.as_ref());
-        let at = self.nodes.iter().position(|node| Some(&node.name) == holder);
-        at.is_some_and(|to| self.nodes[from].hop && self.nodes[to].hop)
+        let holds = |(to, node): (usize, &Node)| to != from && node.holds == Some(ordinal) && node.hop;
+        self.nodes[from].hop && self.nodes.iter().enumerate().any(holds)
     }
 
     fn is_isolated(&self, at: usize) -> bool {
@@ -99,17 +102,22 @@ impl World {
         if let Some(write) = decision.write.filter(|_| self.nodes[at].api) {
             let stands = self.leases.get(&write.ordinal).map(|lease| lease.version.clone());
             assert_eq!(stands, write.over, "it has just heard what stands");
-            if write.holder.is_some() {
-                let taken = self.leases.get(&write.ordinal).and_then(|lease| lease.holder.clone());
-                let from_another = taken.is_some_and(|taken| taken != self.nodes[at].name);
-                assert!(!from_another || !self.answers(at, write.ordinal), "taken from a node that answers");
-            }
+            let renews = self.nodes[at].holds == Some(write.ordinal);
+            let claims = write.holder.is_some() && !renews;
+            assert!(!claims || !self.answers(at, write.ordinal), "taken from a node that answers");
             self.version += 1;
             let lease = Lease { holder: write.holder, version: self.version.to_string() };
             self.leases.insert(write.ordinal, lease.clone());
             self.nodes[at].claims.wrote(now, write.ordinal, lease);
         }
-        self.nodes[at].holds = decision.hold;
+        // An agent that has heard nothing yet leaves the kernel as it is.
+        if self.nodes[at].claims.synced {
+            self.nodes[at].holds = decision.hold;
+        }
+    }
+
+    fn held(&self) -> Vec<Option<Ordinal>> {
+        self.nodes.iter().map(|node| node.holds).collect()
     }
 
     fn pass(&mut self, seconds: u32) {
@@ -125,9 +133,10 @@ impl World {
             Fault::Api(on) => node.api = on,
             Fault::Hop(on) => node.hop = on,
             Fault::Runs(on) => node.runs = on,
-            Fault::Restarts => {
-                node.claims = Claims::new(node.name.clone());
-                node.holds = None;
+            Fault::Restarts => node.claims = Claims::new(node.name.clone()),
+            Fault::LeaseDeleted => {
+                let slot = Ordinal::all().nth(at).unwrap();
+                self.leases.remove(&slot);
             }
         }
     }
@@ -146,6 +155,7 @@ fn faults(nodes: usize) -> impl Strategy<Value = Vec<(usize, Fault, u32)>> {
         any::<bool>().prop_map(Fault::Hop),
         any::<bool>().prop_map(Fault::Runs),
         Just(Fault::Restarts),
+        Just(Fault::LeaseDeleted),
     ];
     proptest::collection::vec((0..nodes, fault, 0_u32..100), 0..20)
 }
@@ -174,11 +184,38 @@ proptest! {
     fn without_an_api_server_nothing_changes(seconds in 1_u32..1000, slots in 1_usize..=4) {
         let mut world = World::new(4, slots);
         world.pass(5);
-        let held: Vec<_> = world.nodes.iter().map(|node| node.holds).collect();
+        let held = world.held();
         (0..4).for_each(|at| world.befalls(at, Fault::Api(false)));
         world.pass(seconds);
-        let still: Vec<_> = world.nodes.iter().map(|node| node.holds).collect();
-        prop_assert_eq!(still, held);
+        prop_assert_eq!(world.held(), held);
+    }
+
+    /// Nor does it where somebody deletes Leases: each is written anew by who holds the slot.
+    #[test]
+    fn a_lease_that_is_deleted_changes_nothing(deleted in proptest::collection::vec((0..2_usize, 1_u32..30), 1..8)) {
+        let mut world = World::new(4, 2);
+        world.pass(5);
+        let held = world.held();
+        for (at, seconds) in deleted {
+            world.befalls(at, Fault::LeaseDeleted);
+            for _ in 0..seconds {
+                world.pass(1);
+                prop_assert_eq!(world.held(), held.clone());
+            }
+            prop_assert_eq!(world.leases.keys().copied().collect::<BTreeSet<_>>(), world.free.clone());
+        }
+    }
+
+    /// A slot that was given back is nobody's once its holder has let it go, which takes a pass.
+    #[test]
+    fn a_slot_without_a_holder_is_free_when_nobody_answers(released: bool, answers: bool) {
+        let mut claims = Claims::new("me".parse().unwrap());
+        let slot = Ordinal::new(0).unwrap();
+        claims.hear(SECOND, slot, released.then(|| Lease { holder: None, version: "1".to_owned() }));
+        claims.synced();
+        let answering = [slot].into_iter().filter(|_| answers).collect();
+        let decision = claims.decide(SECOND, &View { free: &[slot].into(), answering: &answering, isolated: false });
+        prop_assert_eq!(decision.write.is_some(), !answers);
     }
 
     /// A holder that is off loses its slot within two Leases, and one that answers without its agent never does.
@@ -220,8 +257,9 @@ proptest! {
             prop_assert_eq!(decision.hold, Some(kept));
             let back = decision.write.unwrap();
             prop_assert!(back.ordinal != kept && back.holder.is_none());
-            claims.hear(2 * SECOND, back.ordinal, Some(Lease { holder: None, version: "2".to_owned() }));
+            claims.wrote(2 * SECOND, back.ordinal, Lease { holder: None, version: "2".to_owned() });
         }
+        // What was given back is no renewal of the other.
         let renewal = claims.decide(2 * SECOND, &view).write;
         prop_assert_eq!(renewal, Some(Write { ordinal: kept, holder: Some(me.clone()), over: Some("1".to_owned()) }));
     }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::{Switches, flags::Flags, pods, rights};
+use super::{Switches, flags::Flags, pods, rights, rollout};
 
 /// What came of one set of values.
 pub(super) struct Rendering<'a> {
@@ -20,7 +20,7 @@ impl Rendering<'_> {
         self.objects.iter().filter(move |object| object["kind"] == kind)
     }
 
-    fn is_on(&self, switch: &str) -> bool {
+    pub(super) fn is_on(&self, switch: &str) -> bool {
         self.switches.get(switch).copied().unwrap_or(false)
     }
 }
@@ -44,7 +44,13 @@ const LAWS: &[Law] = &[
     rights::name_what_they_allow,
     rights::of_workers_are_to_read,
     rights::to_secrets_are_by_name,
+    rights::to_slots_objects_are_by_name,
     rights::are_bound_to_what_is_there,
+    rollout::replaces_before_it_adds,
+    rollout::of_gateways_is_slot_by_slot,
+    rollout::of_tunnels_is_for_people,
+    rollout::waits_for_what_is_this_node_s,
+    rollout::to_uninstall_cleans_every_node,
 ];
 
 /// Everything that breaks a law.
@@ -186,9 +192,15 @@ pub(super) mod tests {
 
     /// What a law says of these objects.
     pub(crate) fn check(law: Law, yaml: &str, expected: &[&str]) {
+        check_with(&[], law, yaml, expected);
+    }
+
+    /// With these switches on.
+    pub(crate) fn check_with(on: &[&str], law: Law, yaml: &str, expected: &[&str]) {
         let flags = Flags::new();
         let objects = serde_saphyr::from_multiple(yaml).expect("YAML");
-        let found = law(&Rendering { objects, switches: Switches::new(), flags: &flags });
+        let switches = on.iter().map(|&switch| (switch.to_owned(), true)).collect();
+        let found = law(&Rendering { objects, switches, flags: &flags });
         assert_eq!(found, expected);
     }
 

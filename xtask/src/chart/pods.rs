@@ -25,7 +25,7 @@ fn of<'a>(table: &[(&str, &'a [&'a str])], object: &Value) -> &'a [&'a str] {
     table.iter().find(|(name, _)| object["metadata"]["name"] == *name).map_or(&[], |(_, allowed)| allowed)
 }
 
-fn pod(object: &Value) -> &Value {
+pub(super) fn pod(object: &Value) -> &Value {
     &object["spec"]["template"]["spec"]
 }
 
@@ -45,7 +45,7 @@ fn each(rendering: &Rendering<'_>, ask: impl Fn(&Value, &Value) -> Vec<String>) 
 }
 
 /// The fields that are not as they should be, as `field is VALUE`.
-fn unlike(object: &Value, wanted: &[(&str, Value)]) -> Vec<String> {
+pub(super) fn unlike(object: &Value, wanted: &[(&str, Value)]) -> Vec<String> {
     let differs = |(path, wanted): &&(&str, Value)| object.pointer(path).unwrap_or(&Value::Null) != wanted;
     let say = |(path, _): &(&str, Value)| format!("{path} is {}", object.pointer(path).unwrap_or(&Value::Null));
     wanted.iter().filter(differs).map(say).collect()

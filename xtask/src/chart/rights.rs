@@ -65,6 +65,24 @@ pub(super) fn to_secrets_are_by_name(rendering: &Rendering<'_>) -> Vec<String> {
     found.map(|(role, rule)| format!("{}: {rule} is more than slots' keys", name(role))).collect()
 }
 
+/// What is of a slot is written by its name. `create` alone cannot be limited so, where the request says no name: of a
+/// Lease. (One of server-side apply does.)
+pub(super) fn to_slots_objects_are_by_name(rendering: &Rendering<'_>) -> Vec<String> {
+    let slots = |prefix: &str| -> Vec<String> { (0..8).map(|slot| format!("{prefix}{slot}")).collect() };
+    let (gateways, leases) = (slots(""), slots("carrick-gateway-"));
+    let wide = |(role, rule): &(&Value, &Value)| {
+        let asks = |resource: &str| texts(&rule["resources"]).contains(&resource);
+        let by_name = |names: &[String]| texts(&rule["resourceNames"]) == *names;
+        let only = |verbs: &[&str]| texts(&rule["verbs"]).iter().all(|verb| verbs.contains(verb));
+        let of_gateways = asks("meshgateways") || asks("meshgateways/status");
+        let of_leases = asks("leases");
+        (of_gateways && !only(&READ) && !by_name(&gateways))
+            || (of_leases && (role["kind"] != "Role" || !only(&["list", "create"]) && !by_name(&leases)))
+    };
+    let found = rules(rendering).filter(wide);
+    found.map(|(role, rule)| format!("{}: {rule} is more than slots' objects", name(role))).collect()
+}
+
 /// Roles to accounts, and pods to accounts.
 pub(super) fn are_bound_to_what_is_there(rendering: &Rendering<'_>) -> Vec<String> {
     let account = |named: &Value, namespace: &Value| {
@@ -162,6 +180,34 @@ mod tests {
             let found = format!("{kind} ns/r: {shown} is more than slots' keys");
             check(to_secrets_are_by_name, &(role(kind, &rule(names, verbs)) + secret), &[&found]);
         }
+    }
+
+    #[test]
+    fn what_is_written_of_slots_has_their_names() {
+        let law = to_slots_objects_are_by_name;
+        let names = |prefix: &str| (0..8).map(|slot| format!("{prefix}{slot}")).collect::<Vec<_>>().join("','");
+        let named = |prefix: &str| format!("resourceNames: ['{}'], ", names(prefix));
+        let rule =
+            |names: &str, resource: &str, verb: &str| format!("{{{names}resources: [{resource}], verbs: [{verb}]}}");
+        for (names, resource, verb) in [
+            (named(""), "meshgateways", "create"),
+            (named(""), "meshgateways/status", "patch"),
+            (String::new(), "meshgateways", "watch"),
+            (named("carrick-gateway-"), "leases", "patch"),
+            (String::new(), "leases", "list"),
+            (String::new(), "leases", "create"),
+        ] {
+            check(law, &role("Role", &rule(&names, resource, verb)), &[]);
+        }
+        for (resource, verb) in
+            [("meshgateways", "create"), ("meshgateways/status", "patch"), ("leases", "patch"), ("leases", "delete")]
+        {
+            let shown = format!(r#"{{"resources":["{resource}"],"verbs":["{verb}"]}}"#);
+            let found = format!("Role ns/r: {shown} is more than slots' objects");
+            check(law, &role("Role", &rule("", resource, verb)), &[&found]);
+        }
+        let everywhere = r#"ClusterRole ns/r: {"resources":["leases"],"verbs":["list"]} is more than slots' objects"#;
+        check(law, &role("ClusterRole", &rule("", "leases", "list")), &[everywhere]);
     }
 
     #[test]
