@@ -32,6 +32,15 @@ impl Step {
     }
 }
 
+/// The programs that the tests on an API server run, and the variables by which they find them.
+const PROGRAMS: [(&str, &tools::Tool); 5] = [
+    ("CARRICK_ETCD", &tools::ETCD),
+    ("CARRICK_KINE", &tools::KINE),
+    ("CARRICK_KUBE_APISERVER", &tools::KUBE_APISERVER),
+    ("CARRICK_KUBECTL", &tools::KUBECTL),
+    ("CARRICK_HELM", &tools::HELM),
+];
+
 /// Packets for the programs in each guest: what is looked for there is that the kernel takes them.
 const GUEST_CASES: u32 = 200;
 
@@ -87,6 +96,9 @@ fn test() -> anyhow::Result<process::Ended> {
     let mut command = workspace::cargo();
     command.args(["test", "--release", "--locked", "--package", "tests", "--no-fail-fast"]);
     command.args(["--", "--test-threads", "1"]);
+    for (variable, tool) in PROGRAMS {
+        command.env(variable, tool.path()?);
+    }
     let lab = process::run("test, the lab", command.env("CARRICK_BIN", workspace::carrick_path()?))?;
     Ok(process::Ended { success: unit.success && lab.success, output: unit.output + &lab.output })
 }

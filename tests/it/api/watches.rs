@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::world::{GATEWAY, WORKER, World};
 
 /// How long nothing happens. A watch is asked for again after minutes.
-const QUIET: Duration = Duration::from_secs(12);
+const QUIET: Duration = Duration::from_secs(8);
 /// Requests a minute in a steady cluster, at most.
 const WORKER_BUDGET: f64 = 2.0;
 const GATEWAY_BUDGET: f64 = 4.0;
@@ -68,7 +68,7 @@ pub(super) fn a_steady_cluster_is_not_asked_for_anything(world: &mut World) -> R
 }
 
 /// Requests of the account, each with how often: verb, kind, and the parameters that say what is wanted.
-fn asked(audit: &[Value], account: &str) -> BTreeMap<String, usize> {
+pub(crate) fn asked(audit: &[Value], account: &str) -> BTreeMap<String, usize> {
     let user = format!("system:serviceaccount:carrick:carrick-{account}");
     let mut asked = BTreeMap::new();
     let mut known = Vec::new();

@@ -114,7 +114,7 @@ impl World {
         for node in [GATEWAY, WORKER] {
             self.make_node(node)?;
             for account in ["carrick-worker", "carrick-gateway"] {
-                self.make_pod(account, &self.node(node).host.name().to_owned())?;
+                self.make_pod(account, self.node(node).host.name())?;
             }
             write_hop_secret(&self.keys(node))?;
         }
@@ -330,11 +330,15 @@ impl World {
         tables.iter().map(|(family, table)| show(family, table)).collect()
     }
 
-    /// Waits until an address is, or is no longer, routed by Carrick.
+    /// Waits until a range is, or is no longer, routed by Carrick.
     pub(crate) fn wait_route(&self, node: usize, range: &str, there: bool) -> Result<()> {
-        let what =
-            format!("{range} to be {} on {}", if there { "routed" } else { "gone" }, self.node(node).host.name());
-        wait_for(&what, SOON, || {
+        self.wait_route_within(SOON, node, range, there)
+    }
+
+    pub(crate) fn wait_route_within(&self, limit: Duration, node: usize, range: &str, there: bool) -> Result<()> {
+        let state = if there { "routed" } else { "gone" };
+        let what = format!("{range} to be {state} on {}", self.node(node).host.name());
+        wait_for(&what, limit, || {
             let routes = self.routes(node).map_err(|error| format!("{error:#}"))?;
             if routes.contains(range) == there { Ok(()) } else { Err(routes) }
         })

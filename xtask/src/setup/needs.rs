@@ -9,6 +9,8 @@ const BUILD: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Vm, For
 /// What builds or runs the agent.
 const AGENT: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Cluster, For::Image];
 const CLUSTER: &[For] = &[For::Cluster];
+/// What runs an API server.
+const SERVER: &[For] = &[For::Test, For::Cluster];
 const CHART: &[For] = &[For::Test, For::Chart, For::Cluster];
 const GO: &[For] = &[For::Test, For::Bench, For::Chart, For::Cluster];
 
@@ -173,8 +175,8 @@ pub const NEEDS: &[Need] = &[
     Need {
         what: What::Program("openssl"),
         packages: Some(["openssl", "openssl", "openssl"]),
-        purpose: "makes the clusters' certificates",
-        by: CLUSTER,
+        purpose: "makes the clusters' certificates and keys",
+        by: SERVER,
     },
     Need {
         what: What::Program("nsenter"),
@@ -182,14 +184,14 @@ pub const NEEDS: &[Need] = &[
         purpose: "runs commands in the clusters' nodes",
         by: CLUSTER,
     },
-    Need { what: What::Built(&tools::ETCD), packages: None, purpose: "keeps the clusters' objects", by: CLUSTER },
-    Need { what: What::Built(&tools::KINE), packages: None, purpose: "keeps them in SQLite", by: CLUSTER },
-    Need { what: What::Built(&tools::KUBE_APISERVER), packages: None, purpose: "is Kubernetes", by: CLUSTER },
+    Need { what: What::Built(&tools::ETCD), packages: None, purpose: "keeps the clusters' objects", by: SERVER },
+    Need { what: What::Built(&tools::KINE), packages: None, purpose: "keeps them in SQLite", by: SERVER },
+    Need { what: What::Built(&tools::KUBE_APISERVER), packages: None, purpose: "is Kubernetes", by: SERVER },
     Need { what: What::Built(&tools::KUBE_CONTROLLER_MANAGER), packages: None, purpose: "is Kubernetes", by: CLUSTER },
     Need { what: What::Built(&tools::KUBE_SCHEDULER), packages: None, purpose: "is Kubernetes", by: CLUSTER },
     Need { what: What::Built(&tools::KUBELET), packages: None, purpose: "is Kubernetes", by: CLUSTER },
     Need { what: What::Built(&tools::KUBE_PROXY), packages: None, purpose: "is Kubernetes", by: CLUSTER },
-    Need { what: What::Built(&tools::KUBECTL), packages: None, purpose: "asks the clusters", by: CLUSTER },
+    Need { what: What::Built(&tools::KUBECTL), packages: None, purpose: "asks the clusters", by: SERVER },
     Need { what: What::Built(&tools::COREDNS), packages: None, purpose: "resolves names in the clusters", by: CLUSTER },
     Need { what: What::Built(&tools::FLANNELD), packages: None, purpose: "is one cluster's network", by: CLUSTER },
     Need { what: What::Built(&tools::HELM), packages: None, purpose: "renders and installs the chart", by: CHART },
