@@ -57,7 +57,7 @@ fn busiest(before: &Sent, after: &Sent) -> Option<(Way, u64)> {
 }
 
 /// The tenth column of proc_pid_net(5) `dev`, of our devices, by remote slot.
-fn transmitted(text: &str) -> BTreeMap<u8, u64> {
+pub fn transmitted(text: &str) -> BTreeMap<u8, u64> {
     let device = |line: &str| {
         let (name, columns) = line.split_once(':')?;
         let slot = name.trim().strip_prefix(DEVICE)?.parse().ok()?;

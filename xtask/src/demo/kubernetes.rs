@@ -6,6 +6,7 @@ mod traces;
 
 use std::{
     collections::BTreeSet,
+    fs,
     path::Path,
     sync::Arc,
     thread::sleep,
@@ -30,11 +31,12 @@ use super::{
     table::{Table, tenths},
 };
 use crate::{
+    bench::way,
     cluster::{
         Store,
         carrick::{self, Members, NAMESPACE, Prepared, Values},
         power,
-        record::{Cluster, Clusters},
+        record::{Cluster, Clusters, Machine},
         up::{self, Options, Progress, Temporary},
     },
     lab::on_interrupt,
@@ -154,13 +156,33 @@ impl Demo<'_> {
         self.wait_all()
     }
 
+    /// That gateway of `mn` goes off by which most is sent.
     fn node_off(&mut self) -> Result<()> {
-        self.under_load("a gateway node's power cut", Price::Some, |demo| demo.switch("mn-1", false))?;
+        let mut node = String::new();
+        self.under_load("a gateway node's power cut", Price::Some, |demo| {
+            node = demo.busiest_gateway("mn")?;
+            demo.switch(&node, false)
+        })?;
         self.under_load("that node's power back", Price::Some, |demo| {
-            demo.switch("mn-1", true)?;
+            demo.switch(&node, true)?;
             up::wait_for_nodes(demo.clusters.cluster("mn")?)?;
             demo.wait_all()
         })
+    }
+
+    fn busiest_gateway(&self, cluster: &str) -> Result<String> {
+        let sent = |node: &Machine| -> Result<u64> {
+            let Some(pid) = node.pid else { return Ok(0) };
+            let path = format!("/proc/{pid}/net/dev");
+            Ok(way::transmitted(&fs::read_to_string(&path).context(path)?).values().sum())
+        };
+        let nodes = &self.clusters.cluster(cluster)?.nodes;
+        let look = || nodes.iter().map(sent).collect::<Result<Vec<u64>>>();
+        let before = look()?;
+        sleep(Duration::from_millis(500));
+        let more = look()?.into_iter().zip(before).map(|(now, before)| now.saturating_sub(before));
+        let busiest = nodes.iter().zip(more).max_by_key(|(_, packets)| *packets);
+        Ok(busiest.context("a cluster without nodes")?.0.name.clone())
     }
 
     /// Of both clusters at once, as a hasty administrator does it.

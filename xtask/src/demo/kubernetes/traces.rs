@@ -7,9 +7,18 @@ use anyhow::Result;
 
 use crate::cluster::record::{Machine, output};
 
-/// Words of lines that come and go with pods, and those of others' rules.
-const OTHERS: &[&str] =
-    &["veth", "cni0", "/run/containerd", "/run/netns", "/run/kubelet", "/run/flannel", "/run/sysctl"];
+/// Words of lines that come and go with pods, and with the cable of a machine that was off: it has another MAC then.
+const OTHERS: &[&str] = &[
+    "veth",
+    "cni0",
+    "eth0@if",
+    "fe80::",
+    "/run/containerd",
+    "/run/netns",
+    "/run/kubelet",
+    "/run/flannel",
+    "/run/sysctl",
+];
 /// The kubelet makes the folder for a volume of Carrick's pods, and takes no such folder away.
 const VOLUME: &str = "find /run -path /run/carrick-lab -prune -o -print: /run/carrick (1)";
 /// Of the rulesets, only our table counts: kube-proxy's and flannel's follow their Services and nodes.
