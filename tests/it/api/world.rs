@@ -145,7 +145,7 @@ impl World {
                 TENANT,
                 Ask::create(&format!("{MESH}/routeadvertisements?dryRun=All"), advertisement("va", &["10.44.0.0/16"])),
             ),
-            (gateway.as_str(), Ask::create(&format!("{MESH}/meshgateways?dryRun=All"), mesh_gateway(1, "mn-1"))),
+            (gateway.as_str(), Ask::apply(&format!("{MESH}/meshgateways/1"), mesh_gateway(1, "mn-1"))),
         ];
         for (token, ask) in asks {
             wait_for(&format!("the policy against {}", ask.shown()), SOON, || match self.ask(token, &ask) {
