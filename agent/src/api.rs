@@ -189,7 +189,7 @@ fn ports_leave_room() -> Rule {
     doc = "Says what a member cluster offers to the others. Packets pass between two members only where each offers \
            something to the other.",
     printcolumn(name = "Cluster", type_ = "string", json_path = ".spec.cluster"),
-    printcolumn(name = "Routes", type_ = "string", json_path = ".spec.routes[*].cidr"),
+    printcolumn(name = "First Route", type_ = "string", json_path = ".spec.routes[0].cidr"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
     printcolumn(name = "To", type_ = "string", json_path = ".spec.to", priority = "1"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")

@@ -196,6 +196,8 @@ reasons! {
     NotYetSupported,
     /// A list is longer than the schema allows; what is beyond is left out.
     TooMany,
+    /// The same value twice in a list that is a set.
+    DuplicateEntry,
 
     /// A member's name that is no DNS label, a node's that is no DNS subdomain, or a slot's that is not its ordinal.
     InvalidName,
@@ -253,6 +255,8 @@ reasons! {
     UnknownType,
     /// The same range twice in one RouteAdvertisement.
     DuplicateRoute,
+    /// A RouteAdvertisement without any route.
+    NoRoutes,
     /// A member that has no accepted MeshCluster: the claim waits for it.
     UnknownCluster,
     /// Not inside one of the member's `allowedCIDRs`.

@@ -112,7 +112,8 @@ fn member(
     let mut allowed = Vec::new();
     let list = refused.first(at, "spec.allowedCIDRs", &cluster.spec.allowed_cidrs, limits::ALLOWED_CIDRS);
     for (i, text) in list.iter().enumerate() {
-        allowed.extend(refused.accept(at, format!("spec.allowedCIDRs[{i}]"), prefix::parse(text)));
+        let parsed = once(list, i).and_then(|()| prefix::parse(text));
+        allowed.extend(refused.accept(at, format!("spec.allowedCIDRs[{i}]"), parsed));
     }
     let keepalive = cluster.spec.persistent_keepalive_seconds.and_then(|seconds| {
         let message = || format!("{seconds} is out of range: 0 turns it off, 1 to 65535 are seconds");
@@ -211,6 +212,14 @@ fn routes(members: &mut [Read], advertisements: &[RouteAdvertisement], overlay: 
     }
 }
 
+/// That no earlier entry is the same: the API server takes such a list for a set.
+fn once(list: &[String], i: usize) -> Result<(), Refusal> {
+    match list[..i].contains(&list[i]) {
+        false => Ok(()),
+        true => Err(refusal(Reason::DuplicateEntry, format!("{} is there twice: remove this one", quoted(&list[i])))),
+    }
+}
+
 /// The member of that name, if it is accepted.
 fn known(text: &str, names: &BTreeSet<MemberName>) -> Result<MemberName, Refusal> {
     let name = parse_name(text)?;
@@ -233,6 +242,13 @@ fn advertised(
     let offer = offer(advertisement, names, refused);
     let mut seen = BTreeSet::new();
     let list = refused.first(at, "spec.routes", &advertisement.spec.routes, limits::ROUTES);
+    if list.is_empty() {
+        refused.add(
+            at,
+            "spec.routes",
+            refusal(Reason::NoRoutes, "nothing is offered: add a route, or delete the object"),
+        );
+    }
     for (i, route) in list.iter().enumerate() {
         let claimed = supported(route).and_then(|range| match claim(range, read, held, overlay) {
             Ok(()) if !seen.insert(range) => {
@@ -261,7 +277,8 @@ fn offer(advertisement: &RouteAdvertisement, names: &BTreeSet<MemberName>, refus
     let mut to = BTreeSet::new();
     let list = refused.first(at, "spec.to", &advertisement.spec.to, limits::TO);
     for (i, text) in list.iter().enumerate() {
-        to.extend(refused.accept(at, format!("spec.to[{i}]"), known(text, names)));
+        let parsed = once(list, i).and_then(|()| known(text, names));
+        to.extend(refused.accept(at, format!("spec.to[{i}]"), parsed));
     }
     Offer::To(to)
 }

@@ -19,7 +19,6 @@ const HEADINGS: [(&str, [bool; 2]); 4] = [
     ("## accepted", [true, true]),
     ("## accepted, and refused by validate", [true, false]),
     ("## refused", [false, false]),
-    ("## refused, and taken by validate", [false, true]),
 ];
 
 pub(super) fn the_schema_refuses_what_it_can_and_validate_the_rest(world: &mut World) -> Result<()> {

@@ -230,6 +230,8 @@ fn without(mut objects: Objects, refused: &[Rejection]) -> Objects {
         let bad = |i, part| route_is(&at, &format!("spec.routes[{i}].{part}"));
         keep(&mut spec.routes, |i| !["cidr", "type", "exportedAs"].iter().any(|part| bad(i, part)));
     }
+    // One that offers nothing is refused itself.
+    objects.advertisements.retain(|a| !a.spec.routes.is_empty());
     objects
 }
 

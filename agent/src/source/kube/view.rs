@@ -284,7 +284,12 @@ impl View {
             Told::OwnNode(heard) => {
                 let news = self.own.hear(now, heard);
                 if let Some(own) = self.own.objects().next() {
-                    self.last_own = Some(own.clone());
+                    let mut own = own.clone();
+                    // A Node that was made anew has none until its cloud provider has looked.
+                    if let (true, Some(last)) = (own.status.addresses.is_empty(), &self.last_own) {
+                        own.status.addresses.clone_from(&last.status.addresses);
+                    }
+                    self.last_own = Some(own);
                 }
                 return news;
             }
@@ -371,6 +376,13 @@ impl View {
                 saved.strftime("%FT%TZ")
             );
             problems.push(problem(self.host.clone(), message));
+        }
+        let nowhere = |own: &v1::Node| own.status.addresses.is_empty();
+        if let Some(own) =
+            self.own.objects().next().filter(|own| nowhere(own) && !self.last_own.as_ref().is_none_or(nowhere))
+        {
+            let message = format!("has no InternalIP: {STANDS}");
+            problems.push(problem(format!("{} Node {}", self.host, own.metadata.name), message));
         }
         problems.sort();
         problems.dedup();

@@ -222,6 +222,30 @@ fn an_own_node_that_is_gone_stays_as_it_was() {
 }
 
 #[test]
+fn an_own_node_without_an_address_keeps_its_last() {
+    let mut view = synced();
+    let (name, nowhere) = node("w1", "", &[]);
+    let nowhere = nowhere.map(|node| v1::Node { status: v1::NodeStatus::default(), ..node });
+    view.hear(Duration::ZERO, Told::OwnNode(set((name, nowhere))));
+    let without = rendered(&view);
+    view.hear(Duration::ZERO, Told::OwnNode(set(node("w1", "192.0.2.8", &[]))));
+    expect![[r#"
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.9
+        https://api Node w1: has no InternalIP: what it said before stays in force
+        complete
+        MeshCluster mn 1
+        MeshCluster va 2
+        Node g1 192.0.2.1
+        Node w1 192.0.2.8
+    "#]]
+    .assert_eq(&(without + &rendered(&view)));
+}
+
+#[test]
 fn a_bad_object_keeps_its_last_good_and_names_itself() {
     let mut view = synced();
     let bad = |name: &str| set((name.to_owned(), Err("invalid type".to_owned())));
