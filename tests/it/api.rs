@@ -32,6 +32,7 @@ on_both_stores! {
     agents::a_crd_that_is_deleted_takes_nothing_away_and_comes_back,
     agents::a_kind_that_is_forbidden_is_named,
     agents::a_restart_on_an_empty_list_takes_nothing_away,
+    agents::a_start_while_the_server_is_away_goes_on_with_what_it_said,
     agents::a_server_that_hangs_and_one_that_has_forgotten_take_nothing_away,
     agents::objects_arrive_are_followed_and_go_at_once_when_deleted,
     crds::kubectl_shows_what_matters,

@@ -20,6 +20,9 @@ use crate::{
     wait_for,
 };
 
+/// What an agent keeps for its next start: on a node of the lab, not on this machine.
+pub const STATE_DIR: &str = "/run/carrick-state";
+
 /// The first of the tunnel's UDP ports: one for each device, at most [`DEVICES`].
 pub const TUNNEL_PORT: u16 = 27473;
 pub const DEVICES: u16 = 8;
@@ -216,7 +219,7 @@ impl Carrick {
 
     /// Removes what the agent owns on a node.
     pub fn cleanup(&self, node: &Node) -> Result<String> {
-        node.host.output(&self.binary, &["cleanup"])
+        node.host.output(&self.binary, &["cleanup", "--state-dir", STATE_DIR])
     }
 
     /// Has a gateway move its traffic to the others, and waits until it carries none.

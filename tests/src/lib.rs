@@ -32,7 +32,7 @@ pub mod traffic;
 pub mod wait;
 pub mod watch;
 
-pub use carrick::Carrick;
+pub use carrick::{Carrick, STATE_DIR};
 pub use host::{Host, Namespace, Process};
 pub use member::{Cni, Families, Member};
 pub use mesh::Mesh;

@@ -8,6 +8,7 @@ use proptest::{collection::vec, prelude::*};
 
 use super::{
     api::{ENTRY, applied, heard, keys_of, leased},
+    known::pinned,
     *,
 };
 use crate::keyring::KeyFault;

@@ -173,6 +173,32 @@ pub(super) fn a_kind_that_is_forbidden_is_named(world: &mut World) -> Result<()>
     Ok(())
 }
 
+/// As after a boot: nothing is in the kernel, and nobody tells what belongs there.
+pub(super) fn a_start_while_the_server_is_away_goes_on_with_what_it_said(world: &mut World) -> Result<()> {
+    let [_gateway, worker] = world.start_both()?;
+    world.wait_status(WORKER, "that it has kept what it knows", |status| status["lastKnownGoodAgeSeconds"].is_u64())?;
+    let before = world.routes(WORKER)?;
+    worker.agent.kill()?;
+    let node = world.node(WORKER);
+    let binary = world.carrick.path().display().to_string();
+    node.host.output(&binary, &["cleanup", "--state-dir", "/run/elsewhere"])?;
+    ensure!(world.routes(WORKER)? != before);
+
+    let config = world.kubeconfig(WORKER)?;
+    world.server.pause()?;
+    let began = std::time::Instant::now();
+    let restarted = world.restart_agent(WORKER, &config);
+    let there = restarted.and_then(|running| world.wait_route(WORKER, VA, true).map(|()| running));
+    let (after, took) = (world.routes(WORKER), began.elapsed());
+    world.server.resume()?;
+    let _running = there?;
+    println!("routes without the API server after {took:?}");
+    ensure!(after? == before);
+    world.wait_well(WORKER)?;
+    ensure!(world.routes(WORKER)? == before);
+    Ok(())
+}
+
 /// It hangs; it is killed and starts on a store that was compacted, while an agent is held up: what that one asks for next is
 /// forgotten (410).
 pub(super) fn a_server_that_hangs_and_one_that_has_forgotten_take_nothing_away(world: &mut World) -> Result<()> {

@@ -15,7 +15,7 @@ use super::{
 const CASES: &str = include_str!("cases/crds.txt");
 
 /// What a case's heading says of the API server and of `validate`: whether they take it.
-const HEADINGS: [(&str, [bool; 2]); 4] = [
+const HEADINGS: [(&str, [bool; 2]); 3] = [
     ("## accepted", [true, true]),
     ("## accepted, and refused by validate", [true, false]),
     ("## refused", [false, false]),
@@ -197,7 +197,7 @@ pub(super) fn kubectl_shows_what_matters(world: &mut World) -> Result<()> {
     expect![[r#"
         $ kubectl get carrick
         NAME                           MEMBERS   READY
-        egresspolicy.carrick.dev/all   ["mn"]
+        egresspolicy.carrick.dev/all   ["mn"]    Unknown
 
         NAME                         ID    READY   CONNECTED
         meshcluster.carrick.dev/mn   1     True    True
@@ -205,17 +205,17 @@ pub(super) fn kubectl_shows_what_matters(world: &mut World) -> Result<()> {
         NAME                        NODE   DRAINING   HEARTBEAT
         meshgateway.carrick.dev/0   mn-0   true
 
-        NAME                                CLUSTER   ROUTES         READY
-        routeadvertisement.carrick.dev/mn   mn        10.42.0.0/16
+        NAME                                CLUSTER   FIRST ROUTE    READY
+        routeadvertisement.carrick.dev/mn   mn        10.42.0.0/16   Unknown
         $ kubectl get mcl,radv,egp,mgw -o wide
         NAME                         ID    READY   CONNECTED   ALLOWED
         meshcluster.carrick.dev/mn   1     True    True        ["10.42.0.0/16","fd00:10:1::/48"]
 
-        NAME                                CLUSTER   ROUTES         READY   TO
-        routeadvertisement.carrick.dev/mn   mn        10.42.0.0/16
+        NAME                                CLUSTER   FIRST ROUTE    READY     TO
+        routeadvertisement.carrick.dev/mn   mn        10.42.0.0/16   Unknown
 
         NAME                           MEMBERS   READY
-        egresspolicy.carrick.dev/all   ["mn"]
+        egresspolicy.carrick.dev/all   ["mn"]    Unknown
 
         NAME                        NODE   DRAINING   HEARTBEAT   HOP
         meshgateway.carrick.dev/0   mn-0   true

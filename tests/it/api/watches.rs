@@ -10,6 +10,8 @@ use super::world::{GATEWAY, WORKER, World};
 
 /// How long nothing happens. A watch is asked for again after minutes.
 const QUIET: Duration = Duration::from_secs(8);
+/// Of a gateway's own MeshGateway, a minute.
+const HEARTBEATS: f64 = 1.0;
 /// Requests a minute in a steady cluster, at most.
 const WORKER_BUDGET: f64 = 2.0;
 const GATEWAY_BUDGET: f64 = 4.0;
@@ -23,9 +25,16 @@ pub(super) fn a_steady_cluster_is_not_asked_for_anything(world: &mut World) -> R
     sleep(QUIET);
     let audit = world.server.audit()?;
     let (worker, gateway) = (asked(&audit[seen..], "worker"), asked(&audit[seen..], "gateway"));
-    let later = audit[begun..].iter().filter(|event| event["stage"] == "ResponseComplete").count();
+    let is_status = |event: &&Value| event["requestURI"].as_str().is_some_and(|uri| uri.contains("/status?"));
+    let later = audit[begun..].iter().filter(|event| event["stage"] == "ResponseComplete" && !is_status(event)).count();
+    let often: Vec<_> = gateway.iter().filter(|(request, times)| request.contains("/status ") && **times > 2).collect();
+    ensure!(often.is_empty(), "of an object status is written once in 10 s: {often:?}");
     println!("bytes to start, mn-0 and mn-1: {bytes:?}; in {QUIET:?} after: {:?}", self::bytes(world)?);
-    println!("requests a minute in a steady cluster: worker {:.2}, gateway {:.2}", pace(&worker)?, pace(&gateway)?);
+    println!(
+        "requests a minute in a steady cluster: worker {:.2}, gateway {:.2}",
+        pace(&worker)?,
+        pace(&gateway)? + HEARTBEATS
+    );
     expect![[r#"
         2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/egresspolicies.carrick.dev
         2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshclusters.carrick.dev
@@ -54,7 +63,12 @@ pub(super) fn a_steady_cluster_is_not_asked_for_anything(world: &mut World) -> R
         1 x list /apis/carrick.dev/v1alpha1/meshclusters limit=500
         1 x list /apis/carrick.dev/v1alpha1/meshgateways limit=500
         1 x list /apis/carrick.dev/v1alpha1/routeadvertisements limit=500
+        some x patch /apis/carrick.dev/v1alpha1/meshclusters/mn/status fieldManager=carrick force=true
+        some x patch /apis/carrick.dev/v1alpha1/meshclusters/va/status fieldManager=carrick force=true
         1 x patch /apis/carrick.dev/v1alpha1/meshgateways/0 fieldManager=carrick force=true
+        some x patch /apis/carrick.dev/v1alpha1/meshgateways/0/status fieldManager=carrick force=true
+        some x patch /apis/carrick.dev/v1alpha1/routeadvertisements/mn/status fieldManager=carrick force=true
+        some x patch /apis/carrick.dev/v1alpha1/routeadvertisements/va/status fieldManager=carrick force=true
         1 x watch /api/v1/nodes allowWatchBookmarks=true fieldSelector=metadata.name%3Dmn-0 resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /api/v1/nodes allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /apis/carrick.dev/v1alpha1/egresspolicies allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
@@ -62,7 +76,7 @@ pub(super) fn a_steady_cluster_is_not_asked_for_anything(world: &mut World) -> R
         1 x watch /apis/carrick.dev/v1alpha1/meshgateways allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /apis/carrick.dev/v1alpha1/routeadvertisements allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
     "#]].assert_eq(&shown(&gateway));
-    ensure!(pace(&worker)? <= WORKER_BUDGET && pace(&gateway)? <= GATEWAY_BUDGET);
+    ensure!(pace(&worker)? <= WORKER_BUDGET && pace(&gateway)? + HEARTBEATS <= GATEWAY_BUDGET);
     ensure!(later == 0, "{later} requests in {QUIET:?}: {:?}", &audit[begun..]);
     Ok(())
 }
@@ -97,7 +111,10 @@ fn request(event: &Value) -> String {
 }
 
 fn shown(asked: &BTreeMap<String, usize>) -> String {
-    asked.iter().map(|(request, times)| format!("{times} x {request}\n")).collect()
+    // How often status comes to be written at a start, depends on who is heard first.
+    let times =
+        |request: &str, times: &usize| if request.contains("/status ") { "some".to_owned() } else { times.to_string() };
+    asked.iter().map(|(request, seen)| format!("{} x {request}\n", times(request, seen))).collect()
 }
 
 /// Requests a minute once nothing changes: each watch is asked for again when its time is up.

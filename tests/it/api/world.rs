@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use lab::{
-    Carrick, Lab, Member, Node, Process,
+    Carrick, Lab, Member, Node, Process, STATE_DIR,
     apiserver::{ApiServer, Programs, Store, User},
     carrick::Running,
     guard::Guard,
@@ -271,14 +271,25 @@ impl World {
         Ok(Running { tunnel, agent: self.start_agent(number)? })
     }
 
-    /// Starts the agent alone.
+    /// Starts the agent alone, and nothing is kept of one before.
     pub(crate) fn start_agent(&self, number: usize) -> Result<Process> {
+        self.node(number).host.output("rm", &["-rf", STATE_DIR])?;
+        self.restart_agent(number, &self.kubeconfig(number)?)
+    }
+
+    /// By which that node's agent reaches the server.
+    pub(crate) fn kubeconfig(&self, number: usize) -> Result<PathBuf> {
+        let name = self.node(number).host.name();
+        let account = if number == GATEWAY { "carrick-gateway" } else { "carrick-worker" };
+        self.server.kubeconfig(name, &self.token(account, name)?, "carrick")
+    }
+
+    /// Starts the agent alone, with what one before has kept.
+    pub(crate) fn restart_agent(&self, number: usize, config: &Path) -> Result<Process> {
         let node = self.node(number);
-        let (name, account) = (node.host.name(), if number == GATEWAY { "carrick-gateway" } else { "carrick-worker" });
-        let config = self.server.kubeconfig(name, &self.token(account, name)?, "carrick")?;
-        let (config, keys) = (config.display(), self.keys(number));
+        let (name, config, keys) = (node.host.name(), config.display(), self.keys(number));
         let line = format!(
-            "agent --kube --kubeconfig {config} --cluster-name mn --node-name {name} --keys-dir {}",
+            "agent --kube --kubeconfig {config} --cluster-name mn --node-name {name} --keys-dir {} --state-dir {STATE_DIR}",
             keys.display()
         );
         node.host.spawn("agent", self.carrick.path(), &line.split(' ').collect::<Vec<_>>())
