@@ -10,6 +10,7 @@ mod validate;
 use std::{io::IsTerminal, process::ExitCode};
 
 use anyhow::Context;
+use nix::sys::prctl::set_dumpable;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -24,6 +25,10 @@ use crate::{
 /// Runs the command. Exit code 0: done and well; 1: failed, or the answer is no; 2: the call's words are off.
 pub fn main(args: Args) -> ExitCode {
     start_logs(args.log_format);
+    // Whoever runs holds keys.
+    if let Err(error) = set_dumpable(false) {
+        tracing::warn!("a crash may write keys into a core dump: {error}");
+    }
     let answer = match args.command {
         Command::Agent(node) => block_on(async { Ok(agent::run(node, shutdown()?).await.map(|()| true)?) }),
         Command::Tunnel(args) => run_tunnel(args),

@@ -65,18 +65,20 @@ const FILES: [(&str, &str); 4] = [
 ];
 
 /// The image for this machine, without an archive or a list of its contents. Its tag says what is in it, so that an image
-/// of the same name is the same. `carrick`: one that is built, instead of this tree's; with what it loads.
-pub fn local(carrick: Option<&Path>) -> Result<Image> {
+/// of the same name is the same. `carrick`: one that is built, instead of this tree's; with what it loads. `build`: what
+/// tells it from others of the same programs, for upgrades.
+pub fn local(carrick: Option<&Path>, build: &str) -> Result<Image> {
     let missing = build::missing(Arch::HOST, Path::new(NFT));
     ensure!(missing.is_empty(), "cannot build for {}:\n{}", Arch::HOST.name(), missing.join("\n"));
     let (args, package) = (Args::default(), Package::read()?);
-    let image = match carrick {
+    let mut image = match carrick {
         Some(carrick) => pack(&args, &package, carrick)?.image,
         None => {
             let built = build::carrick(workspace::root(), &workspace::target_dir()?, Arch::HOST)?;
             assemble(&args, &package, &built)?.0
         }
     };
+    image.file("/etc/carrick-build", 0o644, build)?;
     let tag = image.content()?.hex();
     image.renamed(&format!("{REPOSITORY}:{}", &tag[..12]))
 }
