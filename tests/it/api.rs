@@ -4,6 +4,7 @@
 //! Each store has one world ([`world`]), which its tests have one after the other: a server takes seconds to start.
 
 mod agents;
+mod chart;
 mod client;
 mod crds;
 mod junk;
@@ -37,6 +38,8 @@ on_both_stores! {
     agents::a_server_that_hangs_and_one_that_has_forgotten_take_nothing_away,
     agents::objects_arrive_are_followed_and_go_at_once_when_deleted,
     agents::the_order_in_which_the_folder_is_applied_changes_nothing,
+    chart::a_kubelet_labels_its_node_only_where_it_joins_and_only_if_that_is_set,
+    chart::the_server_takes_the_chart_with_all_values,
     crds::kubectl_shows_what_matters,
     crds::the_schema_refuses_what_it_can_and_validate_the_rest,
     crds::what_must_not_change_does_not,

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{process::Ended, tools, workspace};
 
@@ -77,11 +77,9 @@ const REFUSED: [(&str, &str); 7] = [
 
 /// Lints, renders, checks. A chart without a rendering is a failure: then we looked in the wrong place.
 pub fn check() -> anyhow::Result<Ended> {
-    let chart = Chart { helm: tools::HELM.path()?, path: workspace::root().join("manifests/carrick") };
+    let chart = Chart::open()?;
     let mut problems = chart.lint()?;
-    let values: Value = read_yaml(&chart.path.join("values.yaml"))?;
-    let mut switches = Switches::new();
-    find_switches(&values, "", &mut switches);
+    let switches = chart.switches()?;
     let flags = flags::read(&fs::read_to_string(workspace::root().join("docs/cli.txt")).context("read docs/cli.txt")?);
     let (mut renderings, mut objects) = (0, 0);
     for case in CASES {
@@ -103,6 +101,28 @@ pub fn check() -> anyhow::Result<Ended> {
     Ok(Ended { success: renderings > 0 && objects > 0 && problems.is_empty(), output })
 }
 
+/// What an API server has to take: the objects of every case, and of every case with one switch turned, each once, in a List.
+pub fn objects() -> anyhow::Result<Value> {
+    let chart = Chart::open()?;
+    let defaults = chart.switches()?;
+    let turned = defaults.iter().map(|(name, on)| {
+        let mut switches = defaults.clone();
+        switches.insert(name.clone(), !on);
+        switches
+    });
+    let mut items: Vec<Value> = Vec::new();
+    for switches in turned.chain([defaults.clone()]) {
+        for case in CASES {
+            for object in chart.render(case, &switches)? {
+                if !items.contains(&object) {
+                    items.push(object);
+                }
+            }
+        }
+    }
+    Ok(json!({"apiVersion": "v1", "kind": "List", "items": items}))
+}
+
 /// A chart's folder, and the program that reads it.
 struct Chart {
     helm: PathBuf,
@@ -110,6 +130,17 @@ struct Chart {
 }
 
 impl Chart {
+    fn open() -> anyhow::Result<Chart> {
+        Ok(Chart { helm: tools::HELM.path()?, path: workspace::root().join("manifests/carrick") })
+    }
+
+    /// As values.yaml has them.
+    fn switches(&self) -> anyhow::Result<Switches> {
+        let mut switches = Switches::new();
+        find_switches(&read_yaml(&self.path.join("values.yaml"))?, "", &mut switches);
+        Ok(switches)
+    }
+
     fn helm(&self, arguments: &[&str]) -> anyhow::Result<Output> {
         let mut command = Command::new(&self.helm);
         let output = command.args(arguments).output();

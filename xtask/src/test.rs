@@ -3,8 +3,9 @@
 //! Invariant: nothing counts as passed that did not run. A step whose precondition failed is a failure, so is an ignored
 //! test, and so is a run without any test.
 
-use std::{fmt, process::Command};
+use std::{fmt, fs, process::Command};
 
+use anyhow::Context;
 use clap::ValueEnum;
 
 use crate::{chart, process, tidy, tools, vm, workspace};
@@ -99,6 +100,9 @@ fn test() -> anyhow::Result<process::Ended> {
     for (variable, tool) in PROGRAMS {
         command.env(variable, tool.path()?);
     }
+    let objects = workspace::target_dir()?.join("chart.json");
+    fs::write(&objects, chart::objects()?.to_string()).with_context(|| format!("write {}", objects.display()))?;
+    command.env("CARRICK_CHART_OBJECTS", objects);
     let lab = process::run("test, the lab", command.env("CARRICK_BIN", workspace::carrick_path()?))?;
     Ok(process::Ended { success: unit.success && lab.success, output: unit.output + &lab.output })
 }

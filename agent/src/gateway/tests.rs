@@ -341,7 +341,8 @@ fn a_gateway_that_is_gone_is_written_again() {
         60 s: status of MeshGateway 0
         60 s: MeshGateway 0 n1 ["192.0.2.1"]
         120 s: status of MeshGateway 0
-    "#]].assert_eq(&text);
+    "#]]
+    .assert_eq(&text);
 }
 
 #[test]

@@ -105,12 +105,7 @@ impl World {
     }
 
     fn install(&self) -> Result<()> {
-        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/carrick");
-        let chart = chart.to_str().context("the chart's path")?;
-        let config = self.kubeconfig.to_str().context("the kubeconfig's path")?;
-        let mut line = vec!["install", "carrick", chart, "--namespace", "carrick", "--create-namespace"];
-        line.extend(["--kubeconfig", config, "--set", "cluster.name=mn"]);
-        self.lab.internet.output(program("HELM")?, &line)?;
+        self.helm(&["install", "--create-namespace"], &[])?;
         for node in [GATEWAY, WORKER] {
             self.make_node(node)?;
             for account in ["carrick-worker", "carrick-gateway"] {
@@ -133,6 +128,17 @@ impl World {
                    "subjects": [{"kind": "User", "name": "tenant", "apiGroup": group}]}),
         ))?;
         self.wait_policies()
+    }
+
+    /// Installs or upgrades the release, as the words say, with these values.
+    pub(crate) fn helm(&self, words: &[&str], values: &[&str]) -> Result<()> {
+        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/carrick");
+        let chart = chart.to_str().context("the chart's path")?;
+        let config = self.kubeconfig.to_str().context("the kubeconfig's path")?;
+        let mut line = words.to_vec();
+        line.extend(["carrick", chart, "--namespace", "carrick", "--kubeconfig", config]);
+        line.extend(["cluster.name=mn"].iter().chain(values).flat_map(|value| ["--set", value]));
+        self.lab.internet.output(program("HELM")?, &line).map(drop)
     }
 
     /// Policies are in force some time after they are there.
