@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
+    str::FromStr,
 };
 
 use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
@@ -78,6 +79,9 @@ pub enum Command {
     Keys(Keys),
     /// Checks a folder of manifests, or what the API server has. Prints every refusal; exit code 1 if there is any.
     Validate(Validate),
+    /// Writes this cluster's part of the mesh's folder, from what its API server says: its MeshCluster, with the gateways'
+    /// keys and a free id, and its RouteAdvertisement. What the folder says already stays.
+    Export(Export),
     /// Removes everything of Carrick's from this node's kernel. Keys and manifests stay.
     Cleanup(Cleanup),
 }
@@ -278,6 +282,58 @@ pub struct Slot {
 
 fn ordinal(text: &str) -> Result<Ordinal, String> {
     text.parse().ok().and_then(Ordinal::new).ok_or_else(|| "an ordinal is 0 to 7".to_owned())
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Export {
+    /// The mesh's folder: `clusters/NAME.yaml` and `routes/NAME/pods.yaml` are written in it.
+    #[arg(long, value_name = "DIR")]
+    pub mesh_dir: PathBuf,
+    /// This cluster's name: that of its MeshCluster, and the chart's `cluster.name`.
+    #[arg(long, value_name = "NAME", env = "CARRICK_CLUSTER_NAME")]
+    pub cluster_name: MemberName,
+    /// Where others dial the gateway of a slot; may be given several times, also for one slot. Without any for a slot, the
+    /// folder's stay.
+    #[arg(long = "endpoint", value_name = "SLOT=HOST:PORT")]
+    pub endpoints: Vec<SlotEndpoint>,
+    /// A range that the cluster gives to pods; may be given several times. Default: what covers the Nodes' ranges.
+    #[arg(long = "pod-cidr", value_name = "CIDR")]
+    pub pod_cidrs: Vec<IpNetwork>,
+    /// Seconds to wait until each gateway has made its key.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub wait: u64,
+    /// The mesh's own DNS domain; no endpoint may lie under it.
+    #[arg(long, value_name = "DOMAIN", default_value = DEFAULT_MESH_DOMAIN)]
+    pub mesh_domain: String,
+    /// The kubeconfig by which to reach the API server. Default: as kubectl finds it.
+    #[arg(long, value_name = "PATH", env = "KUBECONFIG")]
+    pub kubeconfig: Option<OsString>,
+}
+
+impl Export {
+    pub fn server(&self) -> Server {
+        let given = self.kubeconfig.clone().filter(|paths| !paths.is_empty());
+        let of_home = || std::env::home_dir().map(|home| home.join(".kube/config")).filter(|path| path.exists());
+        let kubeconfig = given.or_else(|| of_home().map(PathBuf::into_os_string));
+        Server { kubeconfig, node: None, keep: None }
+    }
+}
+
+/// An endpoint of a slot's gateway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotEndpoint {
+    pub slot: Ordinal,
+    pub endpoint: String,
+}
+
+impl FromStr for SlotEndpoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<SlotEndpoint, String> {
+        let (slot, endpoint) = text.split_once('=').ok_or("write SLOT=HOST:PORT, as 0=gw0.example.com:27473")?;
+        let slot = slot.parse().ok().and_then(Ordinal::new).ok_or("the slot is a number from 0 to 7")?;
+        Ok(SlotEndpoint { slot, endpoint: endpoint.to_owned() })
+    }
 }
 
 #[derive(Clone, Debug, ClapArgs)]

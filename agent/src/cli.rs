@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod drain;
+mod export;
 mod keys;
 mod plan;
 mod status;
@@ -32,6 +33,7 @@ pub fn main(args: Args) -> ExitCode {
         Command::Plan(args) => block_on(plan::run(args)),
         Command::Keys(args) => keys::run(args),
         Command::Validate(args) => block_on(validate::run(args)),
+        Command::Export(args) => block_on(export::run(args)),
         Command::Cleanup(args) => block_on(async { cleanup::run(args, shutdown()?).await }),
     };
     match answer {

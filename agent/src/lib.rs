@@ -19,6 +19,7 @@ pub mod names;
 pub mod api;
 pub mod conditions;
 pub mod dial;
+pub mod export;
 pub mod facts;
 pub mod gateway;
 pub mod health;
