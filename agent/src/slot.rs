@@ -129,8 +129,13 @@ impl Claims {
             (Some(lease), _) => {
                 self.heard.insert(ordinal, Heard { lease, since: now, written: false, deleted: false });
             }
-            // Whoever deletes a Lease takes no slot from who holds it.
-            (None, Some(known)) if known.lease.holder.is_some() => known.deleted = true,
+            // Whoever deletes a Lease takes no slot from who holds it. Who hears of that first, may have heard nothing of
+            // the Lease for long: its holder has the time of a Lease to write it anew.
+            (None, Some(known)) if known.lease.holder.is_some() => {
+                if !std::mem::replace(&mut known.deleted, true) && known.lease.holder.as_ref() != Some(&self.me) {
+                    known.since = now;
+                }
+            }
             (None, _) => _ = self.heard.remove(&ordinal),
         }
     }
@@ -153,7 +158,9 @@ impl Claims {
         let age = now.saturating_sub(heard.since);
         let due = !heard.written || heard.deleted || age >= RENEW;
         self.lost |= age >= DURATION && view.isolated;
-        let renewal = || due.then(|| self.write(*ordinal, Some(self.me.clone())));
+        // What it has lost it does not take back from whoever answers for it.
+        let taken = self.lost && view.answering.contains(ordinal);
+        let renewal = || (due && !taken).then(|| self.write(*ordinal, Some(self.me.clone())));
         Decision { hold: (!self.lost).then_some(*ordinal), write: back.or_else(renewal) }
     }
 

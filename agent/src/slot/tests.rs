@@ -160,6 +160,28 @@ fn faults(nodes: usize) -> impl Strategy<Value = Vec<(usize, Fault, u32)>> {
     proptest::collection::vec((0..nodes, fault, 0_u32..100), 0..20)
 }
 
+/// It had taken the slot while it was cut off from a holder that lived on.
+#[test]
+fn a_slot_that_was_lost_is_not_taken_back_from_who_answers() {
+    let mut world = World::new(4, 2);
+    world.befalls(0, Fault::Runs(false));
+    world.pass(1);
+    world.befalls(0, Fault::Hop(false));
+    world.befalls(0, Fault::Runs(true));
+    world.befalls(1, Fault::Api(false));
+    world.pass(70);
+    let [zero, one] = [0, 1].map(Ordinal::new);
+    assert_eq!(world.held(), [zero, zero, one, None]);
+    world.befalls(0, Fault::Api(false));
+    world.pass(70);
+    assert_eq!(world.held(), [None, zero, one, None]);
+    for fault in [Fault::Api(true), Fault::Hop(true)] {
+        [0, 1].into_iter().for_each(|at| world.befalls(at, fault));
+    }
+    world.pass(130);
+    world.assert_no_slot_is_held_twice_by_who_hears();
+}
+
 proptest! {
     #[test]
     fn no_slot_is_held_twice_by_who_hears_and_all_are_held_in_the_end(faults in faults(4), slots in 1_usize..=4) {

@@ -1,6 +1,6 @@
 //! The objects of an API server, as snapshots: [`follow`] and [`read`].
 //!
-//! One task for each kind ([`watch`]) tells what the API server says; one task hears them all ([`View`], pure) and
+//! One task for each kind ([`mod@watch`]) tells what the API server says; one task hears them all ([`View`], pure) and
 //! publishes. A worker watches its own Node only, a gateway every Node: for as long as the label on its own says so.
 //!
 //! Invariant: an API server that is away, refuses, starts anew or loses its CRDs takes nothing from the snapshot.
