@@ -285,11 +285,7 @@ impl Agent {
         let (Some(tell), Some((snapshot, view))) = (&self.office.tell, &self.view) else { return };
         let made = (&view.intent, &*view.rejected);
         let known = Known::new(&node_name(&self.args), &snapshot.objects, made, self.report.as_ref(), self.drain);
-        tell.send_if_modified(|before| {
-            let news = *before != known;
-            *before = known;
-            news
-        });
+        source::send_news(tell, known);
     }
 
     /// An error is for the pass that it makes to meet.

@@ -108,6 +108,17 @@ pub async fn read(origin: &Origin) -> Result<Snapshot, ReadError> {
     }
 }
 
+/// Tells only what is new: an equal value does not even take the old one's place.
+pub(crate) fn send_news<T: PartialEq>(tell: &Sender<T>, now: T) {
+    tell.send_if_modified(|before| {
+        let news = *before != now;
+        if news {
+            *before = now;
+        }
+        news
+    });
+}
+
 fn publish(now: Result<Snapshot, NotSynced>, sender: &Sender<Followed>) {
     sender.send_if_modified(|last| {
         let changed = last.as_deref() != now.as_ref();

@@ -76,11 +76,7 @@ impl Probing {
     }
 
     pub(super) fn want(&self, wanted: Option<Wanted>) {
-        self.wanted.send_if_modified(|before| {
-            let news = *before != wanted;
-            *before = wanted;
-            news
-        });
+        crate::source::send_news(&self.wanted, wanted);
     }
 
     /// What the programs count, by way and by reason, and what that says of the network plugin; an error is for status to

@@ -71,7 +71,7 @@ fn remove_files(run_dir: &Path, agent: Lock) -> usize {
     }
     drop(agent);
     // Not if something is in it, as the socket of a tunnel that runs.
-    if fs::read_dir(run_dir).is_ok_and(|mut entries| entries.next().is_none()) {
+    if is_empty(run_dir) {
         all.push(remove_folder(run_dir));
     }
     all.into_iter().filter(|gone| !gone).count()
@@ -80,7 +80,7 @@ fn remove_files(run_dir: &Path, agent: Lock) -> usize {
 /// Takes away what was kept for the next start, and the folder; how many of these would not go.
 fn forget(state_dir: &Path) -> usize {
     let mut all = vec![gone(state_dir, source::forget(state_dir))];
-    if fs::read_dir(state_dir).is_ok_and(|mut entries| entries.next().is_none()) {
+    if is_empty(state_dir) {
         all.push(remove_folder(state_dir));
     }
     all.into_iter().filter(|gone| !gone).count()
@@ -89,8 +89,11 @@ fn forget(state_dir: &Path) -> usize {
 /// `wg`'s sockets of our devices, and their folder if that leaves it empty.
 fn remove_uapi_sockets(dir: &Path, remove: impl Fn(&Path) -> bool) -> bool {
     let all: Vec<bool> = Device::all().map(|device| remove(&dir.join(format!("{device}.sock")))).collect();
-    let empty = fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
-    all.into_iter().all(|gone| gone) && (!empty || gone(dir, fs::remove_dir(dir)))
+    all.into_iter().all(|gone| gone) && (!is_empty(dir) || gone(dir, fs::remove_dir(dir)))
+}
+
+fn is_empty(dir: &Path) -> bool {
+    fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 /// A mount point, as a pod's volume is, belongs to whoever mounted it. In a pod's root, which is read-only, that is what

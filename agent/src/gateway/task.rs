@@ -9,7 +9,7 @@ use tokio::{
 use tracing::info;
 
 use super::{Answer, Ask, Gateway, Known, Said, api::Server};
-use crate::source;
+use crate::source::{self, send_news};
 
 /// How often it is seen whether something is due.
 const TICK: Duration = Duration::from_secs(1);
@@ -29,7 +29,7 @@ pub fn follow(server: source::Server, mut gateway: Gateway) -> (Sender<Known>, R
                 let news = known.borrow_and_update().clone();
                 gateway.know(began.elapsed(), news);
                 let ask = gateway.next(began.elapsed());
-                publish(&say, gateway.said());
+                send_news(&say, gateway.said());
                 if say.is_closed() {
                     return;
                 }
@@ -64,12 +64,4 @@ async fn answer(api: &mut Option<Server>, server: &source::Server, gateway: &Gat
         _ => {}
     }
     answer
-}
-
-fn publish(say: &Sender<Said>, said: Said) {
-    say.send_if_modified(|before| {
-        let news = *before != said;
-        *before = said;
-        news
-    });
 }

@@ -129,7 +129,7 @@ async fn run(view: &mut View, watches: &mut Watches, keeper: &mut Keeper, sender
         }
         let due = began + view.next().unwrap_or(NEVER);
         tokio::select! {
-            () = sleep_until(began + RECALL), if !settled => {}
+            () = sleep_until(began + RECALL), if !settled && view.recalls() => {}
             () = keeper.keep() => changed = true,
             told = watches.next() => {
                 changed |= view.hear(began.elapsed(), told);
@@ -240,6 +240,25 @@ mod tests {
     fn watches() -> Watches {
         let config = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
         Watches::new(Client::try_from(config).unwrap())
+    }
+
+    /// The agent has one thread.
+    #[tokio::test]
+    async fn whoever_waits_for_a_mute_server_sleeps() {
+        let mut view = View::new("http://127.0.0.1:1".to_owned(), Some("w1".to_owned()));
+        let mut watches = watches();
+        watches.tasks.abort_all();
+        let (sender, _receiver) = channel(Err(NotSynced { place: String::new(), why: String::new() }));
+        let mut keeper = Keeper::new(None, None);
+        let mut running = std::pin::pin!(run(&mut view, &mut watches, &mut keeper, &sender));
+        // Whoever spins uses up its turn again and again.
+        let mut turns = 0;
+        let counted = std::future::poll_fn(|context| {
+            turns += 1;
+            running.as_mut().poll(context)
+        });
+        assert!(tokio::time::timeout(RECALL + Duration::from_millis(500), counted).await.is_err());
+        assert!(turns < 50, "{turns} turns");
     }
 
     #[tokio::test]
