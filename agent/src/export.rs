@@ -2,23 +2,26 @@
 //! Pure.
 //!
 //! Invariant: what the folder says already of the member stays, unless the cluster itself knows better: ids, endpoints, and
-//! ranges are people's decisions, keys are the gateways' own. Nothing is ever removed.
+//! ranges are people's decisions, keys are the gateways' own. Nothing is ever removed; a range gives way only to one that
+//! holds it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     net::IpAddr,
 };
 
 use ipnetwork::IpNetwork;
+use kube::ResourceExt;
 
 use crate::{
     api::{
-        AdvertisedRoute, GatewaySpec, MeshCluster, MeshClusterSpec, Objects, RouteAdvertisement, RouteAdvertisementSpec,
-        limits,
+        AdvertisedRoute, GatewaySpec, MeshCluster, MeshClusterSpec, Objects, RouteAdvertisement,
+        RouteAdvertisementSpec, limits,
     },
     intent::{self, Kind, Rejection},
     names::{MemberName, Ordinal},
-    slot::Wish,
+    slot::{LABEL, Wish},
 };
 
 /// What people say of the cluster.
@@ -45,8 +48,7 @@ pub struct Proposal {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoProposal {
     #[error(
-        "no Node is a gateway: label one with `kubectl label node NAME {}=0`, and see that the chart is installed",
-        crate::slot::LABEL
+        "no Node is a gateway: label one with `kubectl label node NAME {LABEL}=0`, and see that the chart is installed"
     )]
     NoGateway,
     #[error("--endpoint {0}=...: this cluster has no gateway with that slot")]
@@ -57,51 +59,79 @@ pub enum NoProposal {
     NoId,
 }
 
-/// The slots that Nodes are labelled for and whose gateway has not published its key yet.
-pub fn awaited(here: &Objects) -> BTreeSet<Ordinal> {
-    let wish = |label: Option<&String>| Wish::of(label.map(String::as_str));
-    let pinned = here.nodes.iter().filter_map(|node| match wish(node.metadata.labels.get(crate::slot::LABEL)) {
-        Ok(Wish::Pinned(slot)) => Some(slot),
-        _ => None,
-    });
-    pinned.filter(|slot| !here.gateways.iter().any(|gateway| gateway.spec.ordinal == i64::from(slot.get()))).collect()
+/// Who has yet to publish a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Awaited {
+    /// The slots that Nodes are labelled for.
+    pub slots: BTreeSet<Ordinal>,
+    /// How many more Nodes take any slot. Where there are fewer slots, some of them never get one.
+    pub any: usize,
+}
+
+impl fmt::Display for Awaited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let slots = self.slots.iter().map(|slot| format!("the gateway of slot {slot}"));
+        let any = (self.any > 0).then(|| format!("{} labelled {LABEL}=auto", self.any));
+        f.write_str(&slots.chain(any).collect::<Vec<_>>().join(", "))
+    }
+}
+
+pub fn awaited(here: &Objects) -> Awaited {
+    let wishes: Vec<Wish> = here
+        .nodes
+        .iter()
+        .filter_map(|node| Wish::of(node.metadata.labels.get(LABEL).map(String::as_str)).ok())
+        .collect();
+    let pinned: BTreeSet<Ordinal> =
+        wishes.iter().filter_map(|wish| if let Wish::Pinned(slot) = wish { Some(*slot) } else { None }).collect();
+    let published: BTreeSet<Ordinal> =
+        here.gateways.iter().filter_map(|gateway| Ordinal::new(gateway.spec.ordinal)).collect();
+    let claiming = wishes.iter().filter(|wish| **wish == Wish::Any).count();
+    Awaited { any: claiming.saturating_sub(published.difference(&pinned).count()), slots: &pinned - &published }
 }
 
 /// `here`: what the API server has; `mesh`: what the folder has.
 pub fn propose(given: &Given, here: &Objects, mesh: &Objects, mesh_domain: &str) -> Result<Proposal, NoProposal> {
     let name = given.cluster.as_str();
-    let is_ours = |object: &MeshCluster| object.metadata.name.as_deref() == Some(name);
-    let written = mesh.clusters.iter().find(|cluster| is_ours(cluster)).map(|cluster| cluster.spec.clone());
     let mut notes = Vec::new();
-    let mut spec = match written {
-        Some(spec) => spec,
-        None => MeshClusterSpec { id: free_id(mesh)?, ..MeshClusterSpec::default() },
+    let mut cluster = match written(&mesh.clusters, name) {
+        Some(cluster) => MeshCluster { status: None, ..cluster.clone() },
+        None => MeshCluster::new(name, MeshClusterSpec { id: free_id(mesh)?, ..MeshClusterSpec::default() }),
     };
+    let spec = &mut cluster.spec;
     spec.gateways = gateways(given, here, &spec.gateways, &mut notes)?;
     let ranges = ranges(given, here, &mut notes)?;
-    for range in &ranges {
-        if !spec.allowed_cidrs.iter().any(|allowed| covers(allowed, *range)) {
-            spec.allowed_cidrs.push(range.to_string());
-        }
+    let mut advertisement = match written(&mesh.advertisements, name) {
+        Some(advertisement) => RouteAdvertisement { status: None, ..advertisement.clone() },
+        None => RouteAdvertisement::new(name, RouteAdvertisementSpec { cluster: name.into(), ..Default::default() }),
+    };
+    for range in ranges {
+        let pods = AdvertisedRoute { cidr: range.to_string(), kind: "Pod".to_owned(), exported_as: None };
+        add(&mut spec.allowed_cidrs, range, range.to_string(), |allowed| Some(allowed));
+        add(&mut advertisement.spec.routes, range, pods, |route| {
+            (route.kind == "Pod" && route.exported_as.is_none()).then_some(&route.cidr)
+        });
     }
-    let advertised = mesh.advertisements.iter().find(|one| one.metadata.name.as_deref() == Some(name));
-    let mut offer = advertised.map_or_else(
-        || RouteAdvertisementSpec { cluster: name.to_owned(), ..RouteAdvertisementSpec::default() },
-        |one| one.spec.clone(),
-    );
-    for range in &ranges {
-        if !offer.routes.iter().any(|route| covers(&route.cidr, *range)) {
-            offer.routes.push(AdvertisedRoute {
-                cidr: range.to_string(),
-                kind: "Pod".to_owned(),
-                ..AdvertisedRoute::default()
-            });
-        }
-    }
-    let cluster = MeshCluster::new(name, spec);
-    let advertisement = RouteAdvertisement::new(name, offer);
     let rejected = refused(&cluster, &advertisement, mesh, mesh_domain);
     Ok(Proposal { cluster, advertisement, notes, rejected })
+}
+
+/// What the folder has of a name.
+pub fn written<'a, K: ResourceExt>(objects: &'a [K], name: &str) -> Option<&'a K> {
+    objects.iter().find(|object| object.meta().name.as_deref() == Some(name))
+}
+
+/// Adds what stands for a range, unless one of its like holds it; it takes the place of the first that it holds, and of
+/// all others.
+fn add<T>(list: &mut Vec<T>, range: IpNetwork, new: T, cidr: impl Fn(&T) -> Option<&String>) {
+    let parsed = |one: &T| cidr(one).and_then(|text| text.parse::<IpNetwork>().ok());
+    if list.iter().filter_map(parsed).any(|outer| holds(outer, range)) {
+        return;
+    }
+    let is_held = |one: &T| parsed(one).is_some_and(|inner| holds(range, inner));
+    let place = list.iter().position(is_held).unwrap_or(list.len());
+    list.retain(|one| !is_held(one));
+    list.insert(place, new);
 }
 
 /// The first above all that are taken: ids are given in joining order.
@@ -134,8 +164,8 @@ fn gateways(
     }
     if all.values().all(|gateway| gateway.endpoints.is_empty()) {
         notes.push(
-            "no gateway has an endpoint: they only dial out, and no other member without endpoints can be reached; \
-             --endpoint 0=HOST:PORT says where others dial gateway 0"
+            "no gateway has an endpoint: they only dial out, and reach no member whose gateways do the same; \
+             --endpoint SLOT=HOST:PORT says where others dial one"
                 .to_owned(),
         );
     }
@@ -169,9 +199,7 @@ fn hull(ranges: &[IpNetwork]) -> Vec<IpNetwork> {
     let Some(first) = ranges.first() else { return Vec::new() };
     let widest = if first.is_ipv4() { limits::WIDEST_V4 } else { limits::WIDEST_V6 };
     let candidates = (widest..=first.prefix()).rev().filter_map(|length| masked(first.ip(), length));
-    let covering = candidates.into_iter().find(|outer| {
-        ranges.iter().all(|range| outer.prefix() <= range.prefix() && outer.contains(range.network()))
-    });
+    let covering = candidates.into_iter().find(|outer| ranges.iter().all(|range| holds(*outer, *range)));
     covering.map_or_else(|| ranges.to_vec(), |outer| vec![outer])
 }
 
@@ -180,9 +208,9 @@ fn masked(ip: IpAddr, length: u8) -> Option<IpNetwork> {
     IpNetwork::new(range.network(), length).ok()
 }
 
-/// Whether a text names a range that holds another.
-fn covers(text: &str, range: IpNetwork) -> bool {
-    text.parse().is_ok_and(|outer: IpNetwork| outer.prefix() <= range.prefix() && outer.contains(range.network()))
+/// Whether every address of `inner` is one of `outer`.
+fn holds(outer: IpNetwork, inner: IpNetwork) -> bool {
+    outer.prefix() <= inner.prefix() && outer.contains(inner.network())
 }
 
 /// What is refused of a folder with these in it, in so far as it is about them.
@@ -242,8 +270,7 @@ mod tests {
     }
 
     fn given(endpoints: &[(u8, &str)], ranges: &[&str]) -> Given {
-        let mut given =
-            Given { cluster: "mn".parse().unwrap(), endpoints: BTreeMap::new(), ranges: Vec::new() };
+        let mut given = Given { cluster: "mn".parse().unwrap(), endpoints: BTreeMap::new(), ranges: Vec::new() };
         for (slot, endpoint) in endpoints {
             let slot = Ordinal::new((*slot).into()).unwrap();
             given.endpoints.entry(slot).or_default().push((*endpoint).to_owned());
@@ -268,7 +295,11 @@ mod tests {
 
     #[test]
     fn a_first_member_gets_the_first_id_and_what_covers_its_nodes() {
-        check(&given(&[(0, "gw0.example.com:27473")], &[]), &here(), &Objects::default(), expect![[r#"
+        check(
+            &given(&[(0, "gw0.example.com:27473")], &[]),
+            &here(),
+            &Objects::default(),
+            expect![[r#"
             note: 10.42.0.0/22, fd00:42::/63 covers the pods of today's Nodes; if the cluster gives out ranges of a larger one, name that with --pod-cidr
             allowedCIDRs:
             - 10.42.0.0/22
@@ -288,7 +319,8 @@ mod tests {
               type: Pod
             - cidr: fd00:42::/63
               type: Pod
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
@@ -303,7 +335,11 @@ mod tests {
             "advertisements": [{"metadata": {"name": "mn"}, "spec": {"cluster": "mn", "to": ["va"],
                 "routes": [{"cidr": "10.9.0.0/16", "type": "Pod"}]}}],
         }));
-        check(&given(&[], &["10.42.0.0/16"]), &here(), &mesh, expect![[r#"
+        check(
+            &given(&[], &["10.42.0.0/16"]),
+            &here(),
+            &mesh,
+            expect![[r#"
             note: gateway 0 has another key than the folder said
             allowedCIDRs:
             - 10.0.0.0/8
@@ -326,7 +362,8 @@ mod tests {
               type: Pod
             to:
             - va
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
@@ -335,7 +372,11 @@ mod tests {
             "clusters": [{"metadata": {"name": "va"}, "spec": {"id": 1, "allowedCIDRs": ["10.42.0.0/16"]}}],
             "advertisements": [{"metadata": {"name": "va"}, "spec": {"cluster": "va", "routes": [{"cidr": "10.42.0.0/16", "type": "Pod"}]}}],
         }));
-        check(&given(&[(0, "10.0.0.1:27473")], &[]), &here(), &mesh, expect![[r#"
+        check(
+            &given(&[(0, "10.0.0.1:27473")], &[]),
+            &here(),
+            &mesh,
+            expect![[r#"
             note: 10.42.0.0/22, fd00:42::/63 covers the pods of today's Nodes; if the cluster gives out ranges of a larger one, name that with --pod-cidr
             refused: RouteAdvertisement/mn spec.routes[0].cidr: HeldByAnother: 10.42.0.0/22 overlaps 10.42.0.0/16, which va holds by the lower id (1, mn has 2): one of them must use another range
             allowedCIDRs:
@@ -356,24 +397,79 @@ mod tests {
               type: Pod
             - cidr: fd00:42::/63
               type: Pod
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn what_is_missing_is_named() {
         let none = Objects::default();
-        check(&given(&[], &[]), &objects(json!({"nodes": [node("n0", &["10.42.0.0/24"], "")]})), &none, expect![[r#"
+        check(
+            &given(&[], &[]),
+            &objects(json!({"nodes": [node("n0", &["10.42.0.0/24"], "")]})),
+            &none,
+            expect![[r#"
             no Node is a gateway: label one with `kubectl label node NAME carrick.dev/gateway=0`, and see that the chart is installed
-        "#]]);
-        check(&given(&[], &[]), &objects(json!({"nodes": [node("n0", &[], "0")], "gateways": [gateway(0)]})), &none, expect![[r#"
+        "#]],
+        );
+        check(
+            &given(&[], &[]),
+            &objects(json!({"nodes": [node("n0", &[], "0")], "gateways": [gateway(0)]})),
+            &none,
+            expect![[r#"
             the Nodes say no pod range: give it with --pod-cidr
-        "#]]);
-        check(&given(&[(4, "gw4:27473")], &[]), &here(), &none, expect![[r#"
+        "#]],
+        );
+        check(
+            &given(&[(4, "gw4:27473")], &[]),
+            &here(),
+            &none,
+            expect![[r#"
             --endpoint 4=...: this cluster has no gateway with that slot
+        "#]],
+        );
+    }
+
+    #[test]
+    fn each_labelled_node_is_awaited_until_a_gateway_has_published() {
+        let nodes = [("a", "0"), ("b", "1"), ("c", "auto"), ("d", "auto"), ("e", ""), ("f", "9")];
+        let nodes = nodes.map(|(name, label)| node(name, &[], label));
+        let with = |slots: &[u8]| {
+            let gateways: Vec<Value> = slots.iter().map(|slot| gateway(*slot)).collect();
+            awaited(&objects(json!({"nodes": nodes, "gateways": gateways}))).to_string()
+        };
+        expect!["the gateway of slot 0, the gateway of slot 1, 2 labelled carrick.dev/gateway=auto"]
+            .assert_eq(&with(&[]));
+        expect!["the gateway of slot 0, 1 labelled carrick.dev/gateway=auto"].assert_eq(&with(&[1, 2]));
+        expect![""].assert_eq(&with(&[0, 1, 2, 3, 4]));
+    }
+
+    /// The folder has what the Nodes said; then somebody names the range that the cluster gives them out of.
+    #[test]
+    fn a_range_gives_way_to_one_that_holds_it() {
+        let of_nodes = propose(&given(&[], &[]), &here(), &Objects::default(), "mesh.internal").unwrap();
+        let mut mesh = Objects::default();
+        mesh.clusters.push(of_nodes.cluster);
+        mesh.advertisements.push(of_nodes.advertisement);
+        check(&given(&[], &["10.42.0.0/16"]), &here(), &mesh, expect![[r#"
+            note: no gateway has an endpoint: they only dial out, and reach no member whose gateways do the same; --endpoint SLOT=HOST:PORT says where others dial one
+            allowedCIDRs:
+            - 10.42.0.0/16
+            - fd00:42::/63
+            gateways:
+            - ordinal: 0
+              publicKey: QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE=
+            - ordinal: 1
+              publicKey: QkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkI=
+            id: 1
+            ---
+            cluster: mn
+            routes:
+            - cidr: 10.42.0.0/16
+              type: Pod
+            - cidr: fd00:42::/63
+              type: Pod
         "#]]);
-        let slots = |here: &Objects| awaited(here).iter().map(ToString::to_string).collect::<Vec<_>>();
-        assert_eq!(slots(&objects(json!({"nodes": [node("a", &[], "0"), node("b", &[], "1"), node("c", &[], "auto")],
-            "gateways": [gateway(1)]}))), ["0"]);
     }
 
     proptest! {
@@ -382,14 +478,14 @@ mod tests {
             let range = |(ip, length): &(u32, u8)| masked(IpAddr::from(ip.to_be_bytes()), *length).unwrap();
             let ranges: Vec<IpNetwork> = ranges.iter().map(range).collect();
             let hull = hull(&ranges);
-            let holds = |outer: &IpNetwork| ranges.iter().all(|range| covers(&outer.to_string(), *range));
+            let holds_all = |outer: &IpNetwork| ranges.iter().all(|range| holds(*outer, *range));
             if let [outer] = &hull[..] && ranges.len() > 1 {
-                prop_assert!(holds(outer));
+                prop_assert!(holds_all(outer));
                 let halves = [outer.network(), outer.broadcast()].map(|ip| masked(ip, outer.prefix() + 1));
-                prop_assert!(outer.prefix() == 32 || !halves.iter().flatten().any(holds));
+                prop_assert!(outer.prefix() == 32 || !halves.iter().flatten().any(holds_all));
             }
             for range in &ranges {
-                prop_assert!(hull.iter().any(|outer| covers(&outer.to_string(), *range)));
+                prop_assert!(hull.iter().any(|outer| holds(*outer, *range)));
             }
         }
 

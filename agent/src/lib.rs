@@ -25,6 +25,7 @@ pub mod gateway;
 pub mod health;
 pub mod intent;
 pub mod keyring;
+pub mod kubectl;
 pub mod overlay;
 pub mod resolve;
 pub mod slot;

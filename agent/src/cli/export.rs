@@ -7,69 +7,86 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use kube::Resource;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
 use crate::{
     api::Objects,
     args,
-    export::{Given, Proposal, awaited, propose},
-    source::{self, Origin},
+    export::{Given, Proposal, awaited, propose, written},
+    names::MemberName,
+    source::{self, Once, Origin},
 };
 
 /// Between two looks for the gateways' keys.
 const LOOK: Duration = Duration::from_secs(2);
+/// Who is told the cluster's name by the chart, and how.
+const DAEMON_SET: &str = "carrick-gateway";
+const CONTAINER: &str = "agent";
+const NAME_FLAG: &str = "--cluster-name=";
 
 pub(super) async fn run(args: args::Export) -> anyhow::Result<bool> {
-    let here = with_keys(&args).await?;
-    let mesh = read_mesh(&args.mesh_dir).await?;
-    let mut given = Given { cluster: args.cluster_name, endpoints: Default::default(), ranges: args.pod_cidrs };
+    let server = args.access.server().once().await?;
+    let cluster = match args.cluster_name {
+        Some(name) => name,
+        None => installed_name(&server, &args.namespace).await?,
+    };
+    let mut given = Given { cluster, endpoints: Default::default(), ranges: args.pod_cidrs };
     for args::SlotEndpoint { slot, endpoint } in args.endpoints {
         given.endpoints.entry(slot).or_default().push(endpoint);
     }
+    let here = with_keys(&server, Duration::from_secs(args.wait)).await?;
+    let mesh = read_mesh(&args.mesh_dir).await?;
     let proposal = propose(&given, &here, &mesh, &args.mesh_domain)?;
-    let name = given.cluster.as_str();
-    let known = |path: &Path, is_there: bool| {
-        if is_there && !path.exists() {
-            bail!(
-                "the folder has {name} in another file than {}: move it there, or edit it by hand to say\n{}",
-                path.display(),
-                shown(&proposal)?
-            );
-        }
-        Ok(())
-    };
-    let [cluster, routes] = files(&args.mesh_dir, name);
-    known(&cluster, mesh.clusters.iter().any(|one| one.metadata.name.as_deref() == Some(name)))?;
-    known(&routes, mesh.advertisements.iter().any(|one| one.metadata.name.as_deref() == Some(name)))?;
     proposal.notes.iter().for_each(|note| eprintln!("note: {note}"));
     proposal.rejected.iter().for_each(|rejection| eprintln!("refused: {rejection}"));
     if !proposal.rejected.is_empty() {
         bail!("nothing is written: the folder would have it refused");
     }
-    write(&cluster, &proposal.cluster)?;
-    write(&routes, &proposal.advertisement)?;
-    println!("commit the folder, or `kubectl apply -R -f {}` in every member", args.mesh_dir.display());
+    let Proposal { cluster, advertisement, .. } = &proposal;
+    let [clusters, routes] = files(&args.mesh_dir, given.cluster.as_str());
+    let drafts = [draft(clusters, cluster, &mesh.clusters)?, draft(routes, advertisement, &mesh.advertisements)?];
+    drafts.iter().flatten().try_for_each(check_own)?;
+    drafts.iter().flatten().try_for_each(write)?;
+    let folder = args.mesh_dir.display();
+    if drafts.iter().flatten().next().is_none() {
+        println!("{folder} has all of it already");
+    }
+    println!("commit the folder, or `kubectl apply -R -f {folder}` in every member");
     Ok(true)
 }
 
+/// The cluster's name, as the chart was told.
+async fn installed_name(server: &Once, namespace: &str) -> anyhow::Result<MemberName> {
+    let remedy = || {
+        format!(
+            "give the cluster's name with --cluster-name, as DaemonSet {DAEMON_SET} of namespace {namespace} does not tell it"
+        )
+    };
+    let arguments = server.arguments(namespace, DAEMON_SET, CONTAINER).await.with_context(remedy)?;
+    let name = arguments.iter().find_map(|argument| argument.strip_prefix(NAME_FLAG));
+    name.with_context(remedy)?.parse().with_context(remedy)
+}
+
 /// What the API server has, once every gateway has published its key.
-async fn with_keys(args: &args::Export) -> anyhow::Result<Objects> {
+async fn with_keys(server: &Once, patience: Duration) -> anyhow::Result<Objects> {
     let began = Instant::now();
-    let origin = Origin::Kube(args.server());
     loop {
-        let here = source::read(&origin).await?.objects;
+        let here = server.gateways_and_nodes().await?;
         let missing = awaited(&here);
-        let labelled = here.nodes.iter().any(|node| node.metadata.labels.contains_key(crate::slot::LABEL));
-        if missing.is_empty() && (!here.gateways.is_empty() || !labelled) {
+        let (late, waited) = (began.elapsed() >= patience, began.elapsed().as_secs());
+        if missing.slots.is_empty() && missing.any == 0 {
             return Ok(here);
         }
-        let slots: Vec<String> = missing.iter().map(ToString::to_string).collect();
-        let which = if slots.is_empty() { "a slot".to_owned() } else { format!("slots {}", slots.join(", ")) };
-        if began.elapsed() >= Duration::from_secs(args.wait) {
-            bail!("no key for {which} after {} s: are the pods of the chart's DaemonSet carrick-gateway running?", args.wait);
+        if late && missing.slots.is_empty() && !here.gateways.is_empty() {
+            eprintln!("note: without a key, and not in it: {missing}; a later export adds them");
+            return Ok(here);
         }
-        eprintln!("waiting for the key of {which}, {} s of at most {}", began.elapsed().as_secs(), args.wait);
+        if late {
+            bail!("no key after {waited} s of: {missing}: are the pods of DaemonSet {DAEMON_SET} ready?");
+        }
+        eprintln!("waiting for the key of: {missing} ({waited} s of at most {})", patience.as_secs());
         sleep(LOOK).await;
     }
 }
@@ -77,8 +94,7 @@ async fn with_keys(args: &args::Export) -> anyhow::Result<Objects> {
 /// What the folder has; nothing where there is none yet.
 async fn read_mesh(dir: &Path) -> anyhow::Result<Objects> {
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    let is_empty = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?.next().is_none();
-    if is_empty {
+    if !source::holds_manifests(dir) {
         return Ok(Objects::default());
     }
     let snapshot = source::read(&Origin::Folders(vec![dir.to_owned()])).await?;
@@ -93,29 +109,57 @@ fn files(dir: &Path, name: &str) -> [PathBuf; 2] {
     [dir.join("clusters").join(format!("{name}.yaml")), dir.join("routes").join(name).join("pods.yaml")]
 }
 
-fn shown(proposal: &Proposal) -> anyhow::Result<String> {
-    let [cluster, routes] =
-        [serde_saphyr::to_string(&proposal.cluster)?, serde_saphyr::to_string(&proposal.advertisement)?];
-    Ok(format!("{cluster}---\n{routes}"))
+/// A file to be written.
+struct Draft {
+    path: PathBuf,
+    text: String,
+    /// What it may hold now, by kind and name, if the folder has the object.
+    replaces: Option<(String, String)>,
 }
 
-/// Whole or not at all, and only if it is another.
-fn write(path: &Path, object: &impl Serialize) -> anyhow::Result<()> {
-    let text = serde_saphyr::to_string(object)?;
-    match fs::read_to_string(path) {
-        Ok(there) if there == text => {
-            println!("{} is so already", path.display());
-            return Ok(());
-        }
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("cannot read {}", path.display()));
-        }
-        _ => {}
+/// `None` if the folder has the object as it should be, in whichever file.
+fn draft<K>(path: PathBuf, object: &K, there: &[K]) -> anyhow::Result<Option<Draft>>
+where
+    K: Resource<DynamicType = ()> + Serialize + PartialEq,
+{
+    let name = object.meta().name.clone().unwrap_or_default();
+    let old = written(there, &name);
+    if old == Some(object) {
+        return Ok(None);
     }
+    let replaces = old.map(|_| (K::kind(&()).into_owned(), name));
+    Ok(Some(Draft { path, text: serde_saphyr::to_string(object)?, replaces }))
+}
+
+/// A file is written only over one that holds the same object, and nothing else.
+fn check_own(draft: &Draft) -> anyhow::Result<()> {
+    let Draft { path, text, replaces } = draft;
+    let held = match fs::read(path) {
+        Ok(bytes) => source::named(&bytes).with_context(|| format!("cannot read {}", path.display()))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+    };
+    let held: Vec<(String, String)> = held.into_iter().map(|(kind, name)| (kind.to_owned(), name)).collect();
+    if held == Vec::from_iter(replaces.clone()) {
+        return Ok(());
+    }
+    let remedy = "edit the folder by hand to say";
+    match replaces {
+        Some((kind, name)) => {
+            bail!("{kind} {name} does not lie alone in {}: move it there, or {remedy}\n{text}", path.display())
+        }
+        None => bail!("{} holds something else: move that, or {remedy}\n{text}", path.display()),
+    }
+}
+
+/// Whole or not at all.
+fn write(draft: &Draft) -> anyhow::Result<()> {
+    let Draft { path, text, .. } = draft;
     let dir = path.parent().context("a file in a folder")?;
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    let draft = path.with_extension("yaml.new");
-    fs::write(&draft, text).and_then(|()| fs::rename(&draft, path)).with_context(|| format!("cannot write {}", path.display()))?;
+    let new = path.with_extension("yaml.new");
+    let written = fs::write(&new, text).and_then(|()| fs::rename(&new, path));
+    written.with_context(|| format!("cannot write {}", path.display()))?;
     println!("wrote {}", path.display());
     Ok(())
 }
