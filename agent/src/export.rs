@@ -12,7 +12,7 @@ use std::{
 };
 
 use ipnetwork::IpNetwork;
-use kube::ResourceExt;
+use kube::{ResourceExt, core::ObjectMeta};
 
 use crate::{
     api::{
@@ -71,17 +71,14 @@ pub struct Awaited {
 impl fmt::Display for Awaited {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let slots = self.slots.iter().map(|slot| format!("the gateway of slot {slot}"));
-        let any = (self.any > 0).then(|| format!("{} labelled {LABEL}=auto", self.any));
+        let any = (self.any > 0).then(|| format!("{} of the Nodes labelled {LABEL}=auto", self.any));
         f.write_str(&slots.chain(any).collect::<Vec<_>>().join(", "))
     }
 }
 
 pub fn awaited(here: &Objects) -> Awaited {
-    let wishes: Vec<Wish> = here
-        .nodes
-        .iter()
-        .filter_map(|node| Wish::of(node.metadata.labels.get(LABEL).map(String::as_str)).ok())
-        .collect();
+    let labels = here.nodes.iter().map(|node| node.metadata.labels.get(LABEL).map(String::as_str));
+    let wishes: Vec<Wish> = labels.filter_map(|label| Wish::of(label).ok()).collect();
     let pinned: BTreeSet<Ordinal> =
         wishes.iter().filter_map(|wish| if let Wish::Pinned(slot) = wish { Some(*slot) } else { None }).collect();
     let published: BTreeSet<Ordinal> =
@@ -96,21 +93,37 @@ pub fn propose(given: &Given, here: &Objects, mesh: &Objects, mesh_domain: &str)
     let mut notes = Vec::new();
     let mut cluster = match written(&mesh.clusters, name) {
         Some(cluster) => MeshCluster { status: None, ..cluster.clone() },
-        None => MeshCluster::new(name, MeshClusterSpec { id: free_id(mesh)?, ..MeshClusterSpec::default() }),
+        None => MeshCluster {
+            metadata: named(name),
+            spec: MeshClusterSpec { id: free_id(mesh)?, ..Default::default() },
+            status: None,
+        },
     };
     let spec = &mut cluster.spec;
     spec.gateways = gateways(given, here, &spec.gateways, &mut notes)?;
-    let ranges = ranges(given, here, &mut notes)?;
     let mut advertisement = match written(&mesh.advertisements, name) {
         Some(advertisement) => RouteAdvertisement { status: None, ..advertisement.clone() },
-        None => RouteAdvertisement::new(name, RouteAdvertisementSpec { cluster: name.into(), ..Default::default() }),
+        None => RouteAdvertisement {
+            metadata: named(name),
+            spec: RouteAdvertisementSpec { cluster: name.to_owned(), ..Default::default() },
+            status: None,
+        },
     };
-    for range in ranges {
+    let mut found = Vec::new();
+    for range in ranges(given, here)? {
         let pods = AdvertisedRoute { cidr: range.to_string(), kind: "Pod".to_owned(), exported_as: None };
         add(&mut spec.allowed_cidrs, range, range.to_string(), |allowed| Some(allowed));
-        add(&mut advertisement.spec.routes, range, pods, |route| {
+        let is_new = add(&mut advertisement.spec.routes, range, pods, |route| {
             (route.kind == "Pod" && route.exported_as.is_none()).then_some(&route.cidr)
         });
+        found.extend((is_new && given.ranges.is_empty()).then(|| range.to_string()));
+    }
+    if !found.is_empty() {
+        notes.push(format!(
+            "the pods of today's Nodes lie in {}: if the cluster gives its Nodes ranges out of a larger one, name that \
+             with --pod-cidr",
+            found.join(", ")
+        ));
     }
     let rejected = refused(&cluster, &advertisement, mesh, mesh_domain);
     Ok(Proposal { cluster, advertisement, notes, rejected })
@@ -121,17 +134,21 @@ pub fn written<'a, K: ResourceExt>(objects: &'a [K], name: &str) -> Option<&'a K
     objects.iter().find(|object| object.meta().name.as_deref() == Some(name))
 }
 
-/// Adds what stands for a range, unless one of its like holds it; it takes the place of the first that it holds, and of
-/// all others.
-fn add<T>(list: &mut Vec<T>, range: IpNetwork, new: T, cidr: impl Fn(&T) -> Option<&String>) {
+fn named(name: &str) -> ObjectMeta {
+    ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() }
+}
+
+/// Adds what stands for a range, in the place of all that it holds; false if something of the list holds it already.
+fn add<T>(list: &mut Vec<T>, range: IpNetwork, new: T, cidr: impl Fn(&T) -> Option<&String>) -> bool {
     let parsed = |one: &T| cidr(one).and_then(|text| text.parse::<IpNetwork>().ok());
     if list.iter().filter_map(parsed).any(|outer| holds(outer, range)) {
-        return;
+        return false;
     }
     let is_held = |one: &T| parsed(one).is_some_and(|inner| holds(range, inner));
     let place = list.iter().position(is_held).unwrap_or(list.len());
     list.retain(|one| !is_held(one));
     list.insert(place, new);
+    true
 }
 
 /// The first above all that are taken: ids are given in joining order.
@@ -172,7 +189,7 @@ fn gateways(
     Ok(all.into_values().collect())
 }
 
-fn ranges(given: &Given, here: &Objects, notes: &mut Vec<String>) -> Result<Vec<IpNetwork>, NoProposal> {
+fn ranges(given: &Given, here: &Objects) -> Result<Vec<IpNetwork>, NoProposal> {
     if !given.ranges.is_empty() {
         return Ok(given.ranges.clone());
     }
@@ -183,15 +200,7 @@ fn ranges(given: &Given, here: &Objects, notes: &mut Vec<String>) -> Result<Vec<
     let of_nodes: Vec<IpNetwork> = listed.filter_map(|text| text.parse().ok()).collect();
     let (v4, v6): (Vec<IpNetwork>, Vec<IpNetwork>) = of_nodes.into_iter().partition(IpNetwork::is_ipv4);
     let found: Vec<IpNetwork> = [v4, v6].into_iter().flat_map(|family| hull(&family)).collect();
-    if found.is_empty() {
-        return Err(NoProposal::NoRange);
-    }
-    let told: Vec<String> = found.iter().map(ToString::to_string).collect();
-    notes.push(format!(
-        "{} covers the pods of today's Nodes; if the cluster gives out ranges of a larger one, name that with --pod-cidr",
-        told.join(", ")
-    ));
-    Ok(found)
+    if found.is_empty() { Err(NoProposal::NoRange) } else { Ok(found) }
 }
 
 /// The narrowest range that covers all; where that is wider than a claim may be, they themselves.
@@ -438,9 +447,9 @@ mod tests {
             let gateways: Vec<Value> = slots.iter().map(|slot| gateway(*slot)).collect();
             awaited(&objects(json!({"nodes": nodes, "gateways": gateways}))).to_string()
         };
-        expect!["the gateway of slot 0, the gateway of slot 1, 2 labelled carrick.dev/gateway=auto"]
+        expect!["the gateway of slot 0, the gateway of slot 1, 2 of the Nodes labelled carrick.dev/gateway=auto"]
             .assert_eq(&with(&[]));
-        expect!["the gateway of slot 0, 1 labelled carrick.dev/gateway=auto"].assert_eq(&with(&[1, 2]));
+        expect!["the gateway of slot 0, 1 of the Nodes labelled carrick.dev/gateway=auto"].assert_eq(&with(&[1, 2]));
         expect![""].assert_eq(&with(&[0, 1, 2, 3, 4]));
     }
 
@@ -451,7 +460,11 @@ mod tests {
         let mut mesh = Objects::default();
         mesh.clusters.push(of_nodes.cluster);
         mesh.advertisements.push(of_nodes.advertisement);
-        check(&given(&[], &["10.42.0.0/16"]), &here(), &mesh, expect![[r#"
+        check(
+            &given(&[], &["10.42.0.0/16"]),
+            &here(),
+            &mesh,
+            expect![[r#"
             note: no gateway has an endpoint: they only dial out, and reach no member whose gateways do the same; --endpoint SLOT=HOST:PORT says where others dial one
             allowedCIDRs:
             - 10.42.0.0/16
@@ -469,7 +482,8 @@ mod tests {
               type: Pod
             - cidr: fd00:42::/63
               type: Pod
-        "#]]);
+        "#]],
+        );
     }
 
     proptest! {

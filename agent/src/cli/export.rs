@@ -73,9 +73,18 @@ async fn installed_name(server: &Once, namespace: &str) -> anyhow::Result<Member
 async fn with_keys(server: &Once, patience: Duration) -> anyhow::Result<Objects> {
     let began = Instant::now();
     loop {
-        let here = server.gateways_and_nodes().await?;
+        let waited = began.elapsed();
+        let late = waited >= patience;
+        let so_far = format!("{} s of at most {}", waited.as_secs(), patience.as_secs());
+        let here = match server.gateways_and_nodes().await {
+            Err(error) if error.passes && !late => {
+                eprintln!("waiting for the API server ({so_far}): {error}");
+                sleep(LOOK).await;
+                continue;
+            }
+            answer => answer?,
+        };
         let missing = awaited(&here);
-        let (late, waited) = (began.elapsed() >= patience, began.elapsed().as_secs());
         if missing.slots.is_empty() && missing.any == 0 {
             return Ok(here);
         }
@@ -84,9 +93,12 @@ async fn with_keys(server: &Once, patience: Duration) -> anyhow::Result<Objects>
             return Ok(here);
         }
         if late {
-            bail!("no key after {waited} s of: {missing}: are the pods of DaemonSet {DAEMON_SET} ready?");
+            bail!(
+                "no key within {} s from: {missing}: are the pods of DaemonSet {DAEMON_SET} ready?",
+                patience.as_secs()
+            );
         }
-        eprintln!("waiting for the key of: {missing} ({waited} s of at most {})", patience.as_secs());
+        eprintln!("waiting for the key of: {missing} ({so_far})");
         sleep(LOOK).await;
     }
 }

@@ -36,6 +36,8 @@ pub struct AskError {
     pub host: String,
     /// With what to do.
     pub why: String,
+    /// It may be gone by the next time: a kind that has just been made is not served at once.
+    pub passes: bool,
 }
 
 impl Server {
@@ -72,15 +74,17 @@ impl Once {
     }
 
     async fn answer<T>(&self, asked: impl Future<Output = Result<T, Error>>, plural: &str) -> Result<T, AskError> {
-        let why = match timeout(ANSWER, asked).await {
+        let (why, passes) = match timeout(ANSWER, asked).await {
             Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(Error::Api(status))) if status.code == 404 && plural == "meshgateways" => {
-                Trouble::NotServed.told().to_owned()
-            }
-            Ok(Err(error)) => failure(&error, plural),
-            Err(_) => unanswered(),
+            Ok(Err(Error::Api(status))) => match status.code {
+                403 => (format!("{} (403): have that right granted", status.message), false),
+                404 if plural == "meshgateways" => (Trouble::NotServed.told().to_owned(), true),
+                code => (failure(&Error::Api(status), plural), code == 429 || code >= 500),
+            },
+            Ok(Err(error)) => (failure(&error, plural), false),
+            Err(_) => (unanswered(), false),
         };
-        Err(AskError { host: self.host.clone(), why })
+        Err(AskError { host: self.host.clone(), why, passes })
     }
 }
 
