@@ -309,26 +309,26 @@ mod tests {
             &here(),
             &Objects::default(),
             expect![[r#"
-            note: 10.42.0.0/22, fd00:42::/63 covers the pods of today's Nodes; if the cluster gives out ranges of a larger one, name that with --pod-cidr
-            allowedCIDRs:
-            - 10.42.0.0/22
-            - fd00:42::/63
-            gateways:
-            - endpoints:
-              - gw0.example.com:27473
-              ordinal: 0
-              publicKey: QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE=
-            - ordinal: 1
-              publicKey: QkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkI=
-            id: 1
-            ---
-            cluster: mn
-            routes:
-            - cidr: 10.42.0.0/22
-              type: Pod
-            - cidr: fd00:42::/63
-              type: Pod
-        "#]],
+                note: the pods of today's Nodes lie in 10.42.0.0/22, fd00:42::/63: if the cluster gives its Nodes ranges out of a larger one, name that with --pod-cidr
+                allowedCIDRs:
+                - 10.42.0.0/22
+                - fd00:42::/63
+                gateways:
+                - endpoints:
+                  - gw0.example.com:27473
+                  ordinal: 0
+                  publicKey: QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE=
+                - ordinal: 1
+                  publicKey: QkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkI=
+                id: 1
+                ---
+                cluster: mn
+                routes:
+                - cidr: 10.42.0.0/22
+                  type: Pod
+                - cidr: fd00:42::/63
+                  type: Pod
+            "#]],
         );
     }
 
@@ -386,27 +386,27 @@ mod tests {
             &here(),
             &mesh,
             expect![[r#"
-            note: 10.42.0.0/22, fd00:42::/63 covers the pods of today's Nodes; if the cluster gives out ranges of a larger one, name that with --pod-cidr
-            refused: RouteAdvertisement/mn spec.routes[0].cidr: HeldByAnother: 10.42.0.0/22 overlaps 10.42.0.0/16, which va holds by the lower id (1, mn has 2): one of them must use another range
-            allowedCIDRs:
-            - 10.42.0.0/22
-            - fd00:42::/63
-            gateways:
-            - endpoints:
-              - 10.0.0.1:27473
-              ordinal: 0
-              publicKey: QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE=
-            - ordinal: 1
-              publicKey: QkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkI=
-            id: 2
-            ---
-            cluster: mn
-            routes:
-            - cidr: 10.42.0.0/22
-              type: Pod
-            - cidr: fd00:42::/63
-              type: Pod
-        "#]],
+                note: the pods of today's Nodes lie in 10.42.0.0/22, fd00:42::/63: if the cluster gives its Nodes ranges out of a larger one, name that with --pod-cidr
+                refused: RouteAdvertisement/mn spec.routes[0].cidr: HeldByAnother: 10.42.0.0/22 overlaps 10.42.0.0/16, which va holds by the lower id (1, mn has 2): one of them must use another range
+                allowedCIDRs:
+                - 10.42.0.0/22
+                - fd00:42::/63
+                gateways:
+                - endpoints:
+                  - 10.0.0.1:27473
+                  ordinal: 0
+                  publicKey: QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE=
+                - ordinal: 1
+                  publicKey: QkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkI=
+                id: 2
+                ---
+                cluster: mn
+                routes:
+                - cidr: 10.42.0.0/22
+                  type: Pod
+                - cidr: fd00:42::/63
+                  type: Pod
+            "#]],
         );
     }
 
@@ -500,6 +500,20 @@ mod tests {
             }
             for range in &ranges {
                 prop_assert!(hull.iter().any(|outer| holds(*outer, *range)));
+            }
+        }
+
+        #[test]
+        fn whatever_was_added_is_held_once(ranges in vec((0..64u32, 26..=32u8), 1..8)) {
+            let range = |(last, length): &(u32, u8)| masked(IpAddr::from((10 << 24 | last).to_be_bytes()), *length).unwrap();
+            let ranges: Vec<IpNetwork> = ranges.iter().map(range).collect();
+            let mut list = Vec::new();
+            for range in &ranges {
+                add(&mut list, *range, range.to_string(), Some);
+            }
+            let list: Vec<IpNetwork> = list.iter().map(|text| text.parse().unwrap()).collect();
+            for range in list.iter().chain(&ranges) {
+                prop_assert_eq!(list.iter().filter(|outer| holds(**outer, *range)).count(), 1);
             }
         }
 

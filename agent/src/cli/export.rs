@@ -175,3 +175,62 @@ fn write(draft: &Draft) -> anyhow::Result<()> {
     println!("wrote {}", path.display());
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+
+    use super::*;
+    use crate::{
+        api::{MeshCluster, MeshClusterSpec},
+        scratch::Scratch,
+    };
+
+    fn cluster(name: &str, allowed: &str) -> MeshCluster {
+        MeshCluster::new(name, MeshClusterSpec { id: 1, allowed_cidrs: vec![allowed.to_owned()], ..Default::default() })
+    }
+
+    #[test]
+    fn a_file_is_written_only_over_the_same_object_alone() {
+        let dir = Scratch::new();
+        let path = dir.path().join("clusters/mn.yaml");
+        fs::create_dir(dir.path().join("clusters")).unwrap();
+        let (old, new) = (cluster("mn", "10.42.0.0/16"), cluster("mn", "10.0.0.0/8"));
+        let [old_text, new_text, va] =
+            [&old, &new, &cluster("va", "10.44.0.0/16")].map(|one| serde_saphyr::to_string(one).unwrap());
+        let both = format!("{old_text}---\n{va}");
+        let mut told = String::new();
+        for (what, there, file) in [
+            ("a first one", None, None),
+            ("as it is, elsewhere", Some(&new), None),
+            ("another, elsewhere", Some(&old), None),
+            ("another", Some(&old), Some(&old_text)),
+            ("another, with a neighbour", Some(&old), Some(&both)),
+            ("another, elsewhere, and a stranger", Some(&old), Some(&va)),
+            ("a first one, and a stranger", None, Some(&va)),
+        ] {
+            _ = fs::remove_file(&path);
+            file.inspect(|text| fs::write(&path, text).unwrap());
+            let draft = draft(path.clone(), &new, &Vec::from_iter(there.cloned())).unwrap();
+            let outcome = draft.map(|draft| check_own(&draft).and_then(|()| write(&draft)));
+            let shown = match outcome {
+                None => "left alone".to_owned(),
+                Some(Ok(())) => "written".to_owned(),
+                Some(Err(error)) => error.to_string().lines().next().unwrap().replace(dir.path().to_str().unwrap(), ""),
+            };
+            let after = fs::read_to_string(&path).ok();
+            let kept = after.as_ref() == file;
+            assert!(kept || (shown == "written" && after.as_ref() == Some(&new_text)), "{what}");
+            told += &format!("{what}: {shown}\n");
+        }
+        expect![[r#"
+            a first one: written
+            as it is, elsewhere: left alone
+            another, elsewhere: MeshCluster mn does not lie alone in /clusters/mn.yaml: move it there, or edit the folder by hand to say
+            another: written
+            another, with a neighbour: MeshCluster mn does not lie alone in /clusters/mn.yaml: move it there, or edit the folder by hand to say
+            another, elsewhere, and a stranger: MeshCluster mn does not lie alone in /clusters/mn.yaml: move it there, or edit the folder by hand to say
+            a first one, and a stranger: /clusters/mn.yaml holds something else: move that, or edit the folder by hand to say
+        "#]].assert_eq(&told);
+    }
+}

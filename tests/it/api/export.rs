@@ -75,10 +75,10 @@ pub(super) fn what_is_exported_is_taken_by_another_member(world: &mut World) -> 
     let told = told.replace(&key, "KEY").replace(&folder.display().to_string(), "USER");
     expect![[r#"
         $ carrick export --mesh-dir mesh --wait 0
-        carrick: no key after 0 s of: the gateway of slot 0: are the pods of DaemonSet carrick-gateway ready?
+        carrick: no key within 0 s from: the gateway of slot 0: are the pods of DaemonSet carrick-gateway ready?
         exit code 1
         $ kubectl carrick export --mesh-dir mesh --endpoint 0=gw0.mn.example.com:27473
-        note: 10.42.0.0/23, fd00:10:1::/63 covers the pods of today's Nodes; if the cluster gives out ranges of a larger one, name that with --pod-cidr
+        note: the pods of today's Nodes lie in 10.42.0.0/23, fd00:10:1::/63: if the cluster gives its Nodes ranges out of a larger one, name that with --pod-cidr
         wrote mesh/clusters/mn.yaml
         wrote mesh/routes/mn/pods.yaml
         commit the folder, or `kubectl apply -R -f mesh` in every member
@@ -87,8 +87,6 @@ pub(super) fn what_is_exported_is_taken_by_another_member(world: &mut World) -> 
         apiVersion: carrick.dev/v1alpha1
         kind: MeshCluster
         metadata:
-          annotations:
-            helm.sh/resource-policy: keep
           name: mn
         spec:
           id: 1
@@ -105,8 +103,6 @@ pub(super) fn what_is_exported_is_taken_by_another_member(world: &mut World) -> 
         apiVersion: carrick.dev/v1alpha1
         kind: RouteAdvertisement
         metadata:
-          annotations:
-            helm.sh/resource-policy: keep
           name: mn
         spec:
           cluster: mn
@@ -116,7 +112,6 @@ pub(super) fn what_is_exported_is_taken_by_another_member(world: &mut World) -> 
           - cidr: fd00:10:1::/63
             type: Pod
         $ kubectl carrick export --mesh-dir mesh
-        note: 10.42.0.0/23, fd00:10:1::/63 covers the pods of today's Nodes; if the cluster gives out ranges of a larger one, name that with --pod-cidr
         mesh has all of it already
         commit the folder, or `kubectl apply -R -f mesh` in every member
         $ carrick export --mesh-dir mesh --pod-cidr 10.42.0.0/16 --pod-cidr fd00:10:1::/48
@@ -128,8 +123,6 @@ pub(super) fn what_is_exported_is_taken_by_another_member(world: &mut World) -> 
         apiVersion: carrick.dev/v1alpha1
         kind: MeshCluster
         metadata:
-          annotations:
-            helm.sh/resource-policy: keep
           name: mn
         spec:
           id: 1
@@ -146,8 +139,6 @@ pub(super) fn what_is_exported_is_taken_by_another_member(world: &mut World) -> 
         apiVersion: carrick.dev/v1alpha1
         kind: RouteAdvertisement
         metadata:
-          annotations:
-            helm.sh/resource-policy: keep
           name: mn
         spec:
           cluster: mn
@@ -182,10 +173,10 @@ pub(super) fn a_right_that_export_lacks_is_named(world: &mut World) -> Result<()
     told += &run(world, ADMIN, &["kubectl carrick status", "kubectl carrick plan --node mn-1"])?;
     expect![[r#"
         $ carrick export --mesh-dir none
-        carrick: give the cluster's name with --cluster-name, as DaemonSet carrick-gateway of namespace carrick does not tell it: SERVER: daemonsets.apps "carrick-gateway" is forbidden: User "tenant" cannot get resource "daemonsets" in API group "apps" in the namespace "carrick" (403): grant it, as the chart's RBAC does
+        carrick: give the cluster's name with --cluster-name, as DaemonSet carrick-gateway of namespace carrick does not tell it: SERVER: daemonsets.apps "carrick-gateway" is forbidden: User "tenant" cannot get resource "daemonsets" in API group "apps" in the namespace "carrick" (403): have that right granted
         exit code 1
         $ carrick export --mesh-dir none --cluster-name mn
-        carrick: SERVER: meshgateways.carrick.dev is forbidden: User "tenant" cannot list resource "meshgateways" in API group "carrick.dev" at the cluster scope (403): grant it, as the chart's RBAC does
+        carrick: SERVER: meshgateways.carrick.dev is forbidden: User "tenant" cannot list resource "meshgateways" in API group "carrick.dev" at the cluster scope (403): have that right granted
         exit code 1
         $ kubectl carrick status
         carrick: cannot list the agents' pods: Error from server (Forbidden): pods is forbidden: User "tenant" cannot list resource "pods" in API group "" in the namespace "carrick"
@@ -194,7 +185,7 @@ pub(super) fn a_right_that_export_lacks_is_named(world: &mut World) -> Result<()
         carrick: cannot use the kubeconfig KUBECONFIG: name a usable one with --kubeconfig: failed to load current context: no-such
         exit code 1
         $ carrick export --mesh-dir none --cluster-name mn --wait 0
-        carrick: no key after 0 s of: the gateway of slot 0: are the pods of DaemonSet carrick-gateway ready?
+        carrick: no key within 0 s from: the gateway of slot 0: are the pods of DaemonSet carrick-gateway ready?
         exit code 1
         $ kubectl carrick status
         carrick: no agent in namespace carrick: is the chart installed there? -n names another
