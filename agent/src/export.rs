@@ -112,9 +112,9 @@ pub fn propose(given: &Given, here: &Objects, mesh: &Objects, mesh_domain: &str)
     let mut found = Vec::new();
     for range in ranges(given, here)? {
         let pods = AdvertisedRoute { cidr: range.to_string(), kind: "Pod".to_owned(), exported_as: None };
-        add(&mut spec.allowed_cidrs, range, range.to_string(), |allowed| Some(allowed));
+        add(&mut spec.allowed_cidrs, range, range.to_string(), |allowed| Some(allowed.as_str()));
         let is_new = add(&mut advertisement.spec.routes, range, pods, |route| {
-            (route.kind == "Pod" && route.exported_as.is_none()).then_some(&route.cidr)
+            (route.kind == "Pod" && route.exported_as.is_none()).then_some(route.cidr.as_str())
         });
         found.extend((is_new && given.ranges.is_empty()).then(|| range.to_string()));
     }
@@ -139,7 +139,7 @@ fn named(name: &str) -> ObjectMeta {
 }
 
 /// Adds what stands for a range, in the place of all that it holds; false if something of the list holds it already.
-fn add<T>(list: &mut Vec<T>, range: IpNetwork, new: T, cidr: impl Fn(&T) -> Option<&String>) -> bool {
+fn add<T>(list: &mut Vec<T>, range: IpNetwork, new: T, cidr: impl Fn(&T) -> Option<&str>) -> bool {
     let parsed = |one: &T| cidr(one).and_then(|text| text.parse::<IpNetwork>().ok());
     if list.iter().filter_map(parsed).any(|outer| holds(outer, range)) {
         return false;
@@ -507,9 +507,9 @@ mod tests {
         fn whatever_was_added_is_held_once(ranges in vec((0..64u32, 26..=32u8), 1..8)) {
             let range = |(last, length): &(u32, u8)| masked(IpAddr::from((10 << 24 | last).to_be_bytes()), *length).unwrap();
             let ranges: Vec<IpNetwork> = ranges.iter().map(range).collect();
-            let mut list = Vec::new();
+            let mut list: Vec<String> = Vec::new();
             for range in &ranges {
-                add(&mut list, *range, range.to_string(), Some);
+                add(&mut list, *range, range.to_string(), |one| Some(one.as_str()));
             }
             let list: Vec<IpNetwork> = list.iter().map(|text| text.parse().unwrap()).collect();
             for range in list.iter().chain(&ranges) {

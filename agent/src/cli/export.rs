@@ -89,16 +89,16 @@ async fn with_keys(server: &Once, patience: Duration) -> anyhow::Result<Objects>
             return Ok(here);
         }
         if late && missing.slots.is_empty() && !here.gateways.is_empty() {
-            eprintln!("note: without a key, and not in it: {missing}; a later export adds them");
+            eprintln!("note: no key yet from {missing}: a later export adds what comes");
             return Ok(here);
         }
         if late {
             bail!(
-                "no key within {} s from: {missing}: are the pods of DaemonSet {DAEMON_SET} ready?",
+                "no key from {missing} within {} s: are the pods of DaemonSet {DAEMON_SET} ready?",
                 patience.as_secs()
             );
         }
-        eprintln!("waiting for the key of: {missing} ({so_far})");
+        eprintln!("waiting for the key of {missing} ({so_far})");
         sleep(LOOK).await;
     }
 }

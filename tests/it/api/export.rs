@@ -75,7 +75,7 @@ pub(super) fn what_is_exported_is_taken_by_another_member(world: &mut World) -> 
     let told = told.replace(&key, "KEY").replace(&folder.display().to_string(), "USER");
     expect![[r#"
         $ carrick export --mesh-dir mesh --wait 0
-        carrick: no key within 0 s from: the gateway of slot 0: are the pods of DaemonSet carrick-gateway ready?
+        carrick: no key from the gateway of slot 0 within 0 s: are the pods of DaemonSet carrick-gateway ready?
         exit code 1
         $ kubectl carrick export --mesh-dir mesh --endpoint 0=gw0.mn.example.com:27473
         note: the pods of today's Nodes lie in 10.42.0.0/23, fd00:10:1::/63: if the cluster gives its Nodes ranges out of a larger one, name that with --pod-cidr
@@ -185,7 +185,7 @@ pub(super) fn a_right_that_export_lacks_is_named(world: &mut World) -> Result<()
         carrick: cannot use the kubeconfig KUBECONFIG: name a usable one with --kubeconfig: failed to load current context: no-such
         exit code 1
         $ carrick export --mesh-dir none --cluster-name mn --wait 0
-        carrick: no key within 0 s from: the gateway of slot 0: are the pods of DaemonSet carrick-gateway ready?
+        carrick: no key from the gateway of slot 0 within 0 s: are the pods of DaemonSet carrick-gateway ready?
         exit code 1
         $ kubectl carrick status
         carrick: no agent in namespace carrick: is the chart installed there? -n names another
