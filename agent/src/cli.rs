@@ -12,6 +12,7 @@ mod validate;
 use std::{io::IsTerminal, process::ExitCode};
 
 use anyhow::Context;
+use nix::sys::prctl::set_dumpable;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -29,6 +30,10 @@ pub fn main(called: Called) -> ExitCode {
     let answer = match called {
         Called::Carrick(args) => {
             start_logs(args.log_format);
+            // Whoever runs holds keys.
+            if let Err(error) = set_dumpable(false) {
+                tracing::warn!("a crash may write keys into a core dump: {error}");
+            }
             run(args.command)
         }
         Called::Plugin(plugin) => {

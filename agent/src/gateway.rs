@@ -140,6 +140,8 @@ pub enum Answer {
     Refused,
     Keys(Vec<PrivateKey>),
     Done,
+    /// There is no such object.
+    Gone,
     /// With what to do.
     Failed(String),
 }
@@ -172,6 +174,8 @@ pub struct Gateway {
     silent: BTreeMap<Ordinal, Duration>,
     /// MeshGateways, when they were last written.
     written: BTreeMap<Ordinal, Duration>,
+    /// The MeshGateway that it holds is not there, whatever is known: what is gone from a list is believed late.
+    gone: bool,
     statuses: Statuses,
     /// It would hold a slot, and none is free.
     waits: bool,
@@ -194,6 +198,7 @@ impl Gateway {
             keys: None,
             silent: BTreeMap::new(),
             written: BTreeMap::new(),
+            gone: false,
             statuses: Statuses::default(),
             waits: false,
             failed: BTreeMap::new(),
@@ -287,7 +292,8 @@ impl Gateway {
         if let Some(old) = others.find(|slot| is_due(slot)) {
             return Some(Ask::Remove(*old));
         }
-        (is_due(&hold) && self.known.gateways.get(&hold) != Some(&spec)).then_some(Ask::Apply(spec))
+        let stands = !self.gone && self.known.gateways.get(&hold) == Some(&spec);
+        (is_due(&hold) && !stands).then_some(Ask::Apply(spec))
     }
 
     fn status(&self, now: Duration) -> Option<Ask> {
@@ -328,12 +334,17 @@ impl Gateway {
                 self.keys = Some(Keys { slot: *slot, keys, read: now });
             }
             (Ask::Apply(spec), Answer::Done) => {
+                self.gone = false;
                 self.written.extend(Ordinal::new(spec.ordinal).map(|slot| (slot, now)));
             }
             (Ask::Remove(slot), Answer::Done) => {
                 self.written.insert(*slot, now);
             }
             (Ask::Report(..), Answer::Done) => self.statuses.reported(now),
+            (Ask::Report(..), Answer::Gone) => {
+                self.statuses.reported(now);
+                self.gone = true;
+            }
             (Ask::Say(subject, _), Answer::Done) => self.statuses.said(now, subject),
             (ask, Answer::Failed(why)) => {
                 // It may have been taken all the same.

@@ -9,6 +9,7 @@ mod crds;
 mod export;
 mod junk;
 mod rights;
+mod slots;
 mod watches;
 mod world;
 
@@ -36,6 +37,7 @@ on_both_stores! {
     agents::a_start_while_the_server_is_away_goes_on_with_what_it_said,
     agents::a_server_that_hangs_and_one_that_has_forgotten_take_nothing_away,
     agents::objects_arrive_are_followed_and_go_at_once_when_deleted,
+    agents::the_order_in_which_the_folder_is_applied_changes_nothing,
     crds::kubectl_shows_what_matters,
     crds::the_schema_refuses_what_it_can_and_validate_the_rest,
     crds::what_must_not_change_does_not,
@@ -43,5 +45,6 @@ on_both_stores! {
     export::what_is_exported_is_taken_by_another_member,
     junk::junk_and_giants_hold_nobody_up,
     rights::each_may_do_its_own_and_nothing_else,
+    slots::an_auto_slot_is_taken_over_from_who_is_gone_whatever_the_clocks_say,
     watches::a_steady_cluster_is_not_asked_for_anything,
 }

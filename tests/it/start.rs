@@ -1,9 +1,13 @@
 //! What can be wrong when the programs start, and what they say of it.
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{
+    fs,
+    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
+};
 
 use anyhow::{Context, Result, ensure};
-use lab::{Member, wait_for};
+use lab::{Member, carrick::Running, wait_for};
+use nix::sys::signal::Signal;
 
 use crate::joined::{Joined, SOON, joined, prepared, says};
 
@@ -243,6 +247,29 @@ fn no_secret_is_printed() {
 }
 
 /// The standard tool sees the devices, and cannot change them past the agent.
+/// A handler of cores gets none either. It shows only where a process that may be dumped is.
+#[test]
+fn no_secret_is_dumped() {
+    joined("dumped", |joined| {
+        let dir = joined.lab.dir("cores");
+        fs::create_dir(&dir)?;
+        let crash = format!("cd {} && ulimit -c unlimited && kill -ABRT $$", dir.display());
+        let mut control = joined.node("mn")?.host.spawn("control", "sh", &["-c", &crash])?;
+        let pattern = fs::read_to_string("/proc/sys/kernel/core_pattern")?;
+        ensure!(control.wait()?.core_dumped(), "this machine dumps no cores: kernel.core_pattern is {pattern}");
+
+        let Running { agent, tunnel } = joined.running.remove("mn").context("mn runs")?;
+        for mut process in [agent, tunnel.context("its tunnel runs")?] {
+            let pid = process.pid().context("it runs")?;
+            joined.shell("mn", &format!("prlimit --pid {pid} --core=unlimited:unlimited"))?;
+            process.signal(Signal::SIGABRT)?;
+            let ended = process.wait()?;
+            ensure!(ended.signal() == Some(Signal::SIGABRT as i32) && !ended.core_dumped(), "{ended}");
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn wg_shows_the_devices() {
     joined("wg", |joined| {

@@ -127,7 +127,7 @@ pub fn run(args: &Args) -> Result<bool> {
     match &args.command {
         Action::Up { store, nodes, without_carrick, carrick } => {
             // What does not build is known before anything is made.
-            let image = (!without_carrick).then(|| carrick::prepare(carrick.as_deref())).transpose()?;
+            let image = (!without_carrick).then(|| carrick::prepare(carrick.as_deref(), "built")).transpose()?;
             let clusters = up::up(up::Options { store: *store, nodes: *nodes })?;
             if let Some(image) = image {
                 carrick::Members::of(&clusters)?.install(&image, &up::Progress::start())?;

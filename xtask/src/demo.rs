@@ -49,7 +49,7 @@ const LATER_ADDRESS: &str = "10.43.0.2";
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// In real Kubernetes clusters, from pods of the one to pods of the other.
-    #[arg(long, conflicts_with_all = ["upgrade", "cni"])]
+    #[arg(long, conflicts_with = "cni")]
     kubernetes: bool,
     /// Leave everything up, and print how to enter each node.
     #[arg(long)]

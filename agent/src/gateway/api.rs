@@ -167,8 +167,11 @@ impl Server {
     async fn report(&self, slot: Ordinal, status: &MeshGatewayStatus) -> Result<Answer, Error> {
         let params = PatchParams::apply(MANAGER).force();
         let status = reported(slot, status, Timestamp::now());
-        self.gateways.patch_status(&slot.to_string(), &params, &Patch::Apply(status)).await?;
-        Ok(Answer::Done)
+        match self.gateways.patch_status(&slot.to_string(), &params, &Patch::Apply(status)).await {
+            Ok(_) => Ok(Answer::Done),
+            Err(Error::Api(status)) if status.code == 404 => Ok(Answer::Gone),
+            Err(error) => Err(error),
+        }
     }
 
     /// What is gone, or was made anew meanwhile, has nothing said of it.

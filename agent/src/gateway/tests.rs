@@ -99,6 +99,7 @@ impl World {
                 self.gateways.remove(slot);
                 Answer::Done
             }
+            Ask::Report(slot, _) if !self.gateways.contains_key(slot) => Answer::Gone,
             Ask::Report(..) | Ask::Say(..) => Answer::Done,
         }
     }
@@ -316,6 +317,32 @@ fn without_its_mesh_cluster_the_key_is_told() {
             0 s: status of MeshGateway 0
         "#]],
     );
+}
+
+/// What a list lacks is believed after minutes; what is answered, at once.
+#[test]
+fn a_gateway_that_is_gone_is_written_again() {
+    let (mut gateway, mut world, mut text) = (one(), World::default(), String::new());
+    let known = Known { pinned: [(slot(0), node("n1"))].into(), ..labelled("0") };
+    run(&mut gateway, &mut world, &known, (0, 2), &mut text);
+    text.clear();
+    let kept = std::mem::take(&mut world.gateways);
+    for second in 2..130 {
+        let now = SECOND * second;
+        gateway.know(now, Known { gateways: kept.clone(), ..known.clone() });
+        while let Some(ask) = gateway.next(now) {
+            writeln!(text, "{second} s: {}", shown(&ask)).unwrap();
+            let answer = world.answer(&ask);
+            gateway.answered(now, now, &ask, answer);
+        }
+    }
+    assert!(world.gateways == kept && kept.len() == 1);
+    expect![[r#"
+        60 s: status of MeshGateway 0
+        60 s: MeshGateway 0 n1 ["192.0.2.1"]
+        120 s: status of MeshGateway 0
+    "#]]
+    .assert_eq(&text);
 }
 
 #[test]

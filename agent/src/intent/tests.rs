@@ -306,7 +306,7 @@ cases! {
     members: 44,
     routes: 31,
     conflicts: 17,
-    view: 21,
+    view: 23,
     cluster: 24,
     warned: 6,
 }

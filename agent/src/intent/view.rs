@@ -44,11 +44,11 @@ fn offered(mesh: &Mesh, me: &MemberName) -> BTreeMap<MemberName, Member> {
 /// What this cluster uses itself, and how it is known. A range that it advertises and cannot offer (another holds it, it
 /// is a Service's) counts; one outside its own allowedCIDRs is a mistake, and must cost nobody else a route.
 fn own_ranges(objects: &Objects, local: &Local, cluster: Option<&Cluster>) -> Ranges<String> {
-    let mine = objects.clusters.iter().find(|cluster| cluster_at(cluster).name == local.cluster.as_str());
-    let allowed = mine.map(|cluster| allowed(cluster).collect::<Vec<_>>());
+    // All that bear its name: two are refused both, and neither comes first.
+    let mine: Vec<_> = objects.clusters.iter().filter(|c| cluster_at(c).name == local.cluster.as_str()).collect();
+    let allowed: Vec<IpNetwork> = mine.iter().flat_map(|cluster| allowed(cluster)).collect();
     // Before it is a member nothing bounds it.
-    let may_have =
-        |range: &IpNetwork| allowed.as_ref().is_none_or(|list| list.iter().any(|outer| prefix::covers(*outer, *range)));
+    let may_have = |range: &IpNetwork| mine.is_empty() || allowed.iter().any(|outer| prefix::covers(*outer, *range));
     let mut own: BTreeSet<(IpNetwork, String)> = BTreeSet::new();
     for advertisement in of(objects, &local.cluster) {
         let known = format!("RouteAdvertisement {}", advertisement_at(advertisement).name.escape_debug());

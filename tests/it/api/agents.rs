@@ -1,5 +1,7 @@
 //! The agent on the objects of an API server: what arrives, and what never goes.
 
+use std::{thread::sleep, time::Duration};
+
 use anyhow::{Context, Result, ensure};
 use expect_test::{Expect, expect};
 use lab::wait_for;
@@ -7,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{
     client::Ask,
-    world::{GATEWAY, MESH, RBAC, VA, WORKER, World, advertisement},
+    world::{GATEWAY, KEYS, MESH, RANGES, RBAC, VA, WORKER, World, advertisement, cluster},
 };
 use crate::joined::{SOON, says};
 
@@ -205,7 +207,7 @@ pub(super) fn a_server_that_hangs_and_one_that_has_forgotten_take_nothing_away(w
     let [_gateway, worker] = world.start_both()?;
     let before = world.routes(WORKER)?;
     world.server.pause()?;
-    std::thread::sleep(std::time::Duration::from_secs(3));
+    sleep(Duration::from_secs(3));
     let status = world.status(WORKER);
     world.server.resume()?;
     ensure!(world.problems(&status?).is_empty() && world.routes(WORKER)? == before);
@@ -225,5 +227,58 @@ pub(super) fn a_server_that_hangs_and_one_that_has_forgotten_take_nothing_away(w
     world.wait_route(WORKER, "10.45.0.0/16", false)?;
     ensure!(world.routes(WORKER)?.contains(VA));
     world.wait_well(WORKER)?;
+    Ok(())
+}
+
+/// Names, ids, times and versions are given anew each time; members, ranges and ids collide.
+pub(super) fn the_order_in_which_the_folder_is_applied_changes_nothing(world: &mut World) -> Result<()> {
+    let [mn, va] = [cluster("mn", 1, KEYS[0], &RANGES), cluster("va", 2, KEYS[1], &["10.44.0.0/15"])];
+    let mut clusters = [mn, va, cluster("wa", 2, KEYS[0], &[VA]), cluster("xa", 3, KEYS[1], &["10.0.0.0/8"])];
+    let claims: [(&str, &[&str]); 4] = [
+        ("mn", &RANGES),
+        ("va", &[VA, "10.46.0.0/16"]),
+        ("wa", &[VA]),
+        ("xa", &["10.44.7.0/24", "10.42.0.0/24", "10.47.0.0/16"]),
+    ];
+    let mut claims = claims.map(|(name, ranges)| advertisement(name, ranges));
+    let mut plans = Vec::new();
+    for _ in 0..2 {
+        world.put("meshclusters", &clusters)?;
+        world.put("routeadvertisements", &claims)?;
+        plans.push((world.plan(WORKER, "mn")?, world.plan(WORKER, "va")?));
+        for plural in ["routeadvertisements", "meshclusters"] {
+            world.admin(&Ask::delete(&format!("{MESH}/{plural}")))?;
+        }
+        // A creation time is in seconds.
+        sleep(Duration::from_millis(1100));
+        clusters.reverse();
+        claims.reverse();
+    }
+    ensure!(plans[0] == plans[1], "{plans:#?}");
+    let (mn, va) = &plans[0];
+    ensure!(mn["operations"] != json!([]) && va["operations"] != json!([]), "{mn} {va}");
+    let refused = |plan: &Value| serde_json::to_string_pretty(&plan["rejections"]);
+    expect![[r#"
+        [
+          "MeshCluster/wa spec.id: DuplicateId: 2 is the id of va, which comes first by name: give wa an id of its own",
+          "MeshCluster/xa spec.gateways[0].publicKey: DuplicateKey: the key is that of va's gateway 0: make one for this slot alone",
+          "RouteAdvertisement/va spec.routes[1].cidr: OutsideAllowed: 10.46.0.0/16 lies in none of the allowedCIDRs of MeshCluster va: have it added there",
+          "RouteAdvertisement/wa spec.cluster: UnknownCluster: no MeshCluster named wa is accepted: this waits until one is",
+          "RouteAdvertisement/xa spec.routes[0].cidr: HeldByAnother: 10.44.7.0/24 overlaps 10.44.0.0/16, which va holds by the lower id (2, xa has 3): one of them must use another range",
+          "RouteAdvertisement/xa spec.routes[1].cidr: HeldByAnother: 10.42.0.0/24 overlaps 10.42.0.0/16, which mn holds by the lower id (1, xa has 3): one of them must use another range",
+          "MeshCluster/mn spec.gateways: NoGateway: no node of this cluster holds a slot: add a MeshGateway that names the node"
+        ]"#]].assert_eq(&refused(mn)?);
+    expect![[r#"
+        [
+          "MeshCluster/wa spec.id: DuplicateId: 2 is the id of va, which comes first by name: give wa an id of its own",
+          "MeshCluster/xa spec.gateways[0].publicKey: DuplicateKey: the key is that of va's gateway 0: make one for this slot alone",
+          "RouteAdvertisement/va spec.routes[1].cidr: OutsideAllowed: 10.46.0.0/16 lies in none of the allowedCIDRs of MeshCluster va: have it added there",
+          "RouteAdvertisement/wa spec.cluster: UnknownCluster: no MeshCluster named wa is accepted: this waits until one is",
+          "RouteAdvertisement/xa spec.routes[0].cidr: HeldByAnother: 10.44.7.0/24 overlaps 10.44.0.0/16, which va holds by the lower id (2, xa has 3): one of them must use another range",
+          "RouteAdvertisement/xa spec.routes[1].cidr: HeldByAnother: 10.42.0.0/24 overlaps 10.42.0.0/16, which mn holds by the lower id (1, xa has 3): one of them must use another range",
+          "RouteAdvertisement/mn spec.routes[0].cidr: OwnRange: 10.42.0.0/16 overlaps 10.42.1.0/24, which va uses itself (Node mn-1): one must use another range",
+          "RouteAdvertisement/mn spec.routes[1].cidr: OwnRange: fd00:10:1::/48 overlaps fd00:10:1:1::/64, which va uses itself (Node mn-1): one must use another range",
+          "MeshCluster/va spec.gateways: NoGateway: no node of this cluster holds a slot: add a MeshGateway that names the node"
+        ]"#]].assert_eq(&refused(va)?);
     Ok(())
 }

@@ -281,27 +281,42 @@ impl World {
 
     /// By which that node's agent reaches the server.
     pub(crate) fn kubeconfig(&self, number: usize) -> Result<PathBuf> {
+        self.kubeconfig_of(number, if number == GATEWAY { "carrick-gateway" } else { "carrick-worker" })
+    }
+
+    /// By which a pod of that account on that node does.
+    pub(crate) fn kubeconfig_of(&self, number: usize, account: &str) -> Result<PathBuf> {
         let name = self.node(number).host.name();
-        let account = if number == GATEWAY { "carrick-gateway" } else { "carrick-worker" };
         self.server.kubeconfig(name, &self.token(account, name)?, "carrick")
     }
 
     /// Starts the agent alone, with what one before has kept.
     pub(crate) fn restart_agent(&self, number: usize, config: &Path) -> Result<Process> {
-        let node = self.node(number);
-        let (name, config, keys) = (node.host.name(), config.display(), self.keys(number));
-        let line = format!(
-            "agent --kube --kubeconfig {config} --cluster-name mn --node-name {name} --keys-dir {} --state-dir {STATE_DIR}",
-            keys.display()
-        );
-        node.host.spawn("agent", self.carrick.path(), &line.split(' ').collect::<Vec<_>>())
+        let line = format!("agent {} --state-dir {STATE_DIR}", self.reads(number, "mn", config));
+        self.node(number).host.spawn("agent", self.carrick.path(), &line.split(' ').collect::<Vec<_>>())
+    }
+
+    /// The arguments of whoever reads the API server on a node, as a node of that member.
+    pub(crate) fn reads(&self, number: usize, member: &str, config: &Path) -> String {
+        let (name, config, keys) = (self.node(number).host.name(), config.display(), self.keys(number));
+        format!("--kube --kubeconfig {config} --cluster-name {member} --node-name {name} --keys-dir {}", keys.display())
     }
 
     /// What the agent says, ready or not.
     pub(crate) fn status(&self, node: usize) -> Result<Value> {
-        let script = format!("{} status -o json || true", self.carrick.path().display());
+        self.answer(node, "status")
+    }
+
+    /// What would be done on that node, were it one of that member.
+    pub(crate) fn plan(&self, node: usize, member: &str) -> Result<Value> {
+        self.answer(node, &format!("plan {}", self.reads(node, member, &self.kubeconfig(node)?)))
+    }
+
+    /// Of a command that says by its exit code whether the answer pleases.
+    fn answer(&self, node: usize, command: &str) -> Result<Value> {
+        let script = format!("{} {command} -o json || true", self.carrick.path().display());
         let text = self.node(node).host.output("sh", &["-c", &script])?;
-        serde_json::from_str(&text).with_context(|| format!("carrick status -o json: {text:?}"))
+        serde_json::from_str(&text).with_context(|| format!("carrick {command} -o json: {text:?}"))
     }
 
     /// Waits until the agent's status is so.

@@ -38,10 +38,10 @@ pub struct Prepared {
     program: PathBuf,
 }
 
-/// Builds the image, or packs that `carrick`.
-pub fn prepare(carrick: Option<&Path>) -> Result<Prepared> {
-    let (image, program) = image::local(carrick)?;
-    let archive = images::dir()?.join("carrick.tar");
+/// Builds the image, or packs that `carrick`. Another `build` is another image, though of the same programs.
+pub fn prepare(carrick: Option<&Path>, build: &str) -> Result<Prepared> {
+    let (image, program) = image::local(carrick, build)?;
+    let archive = images::dir()?.join(format!("carrick-{build}.tar"));
     fs::create_dir_all(images::dir()?).context("a folder for images")?;
     image.write(&archive)?;
     Ok(Prepared { reference: image.reference().to_owned(), archive, program })
@@ -64,9 +64,9 @@ impl<'a> Members<'a> {
     /// other member.
     pub fn install(&self, prepared: &Prepared, progress: &Progress) -> Result<()> {
         for (design, cluster) in &self.all {
-            cluster.nodes.iter().try_for_each(|node| import(node, prepared))?;
+            import(cluster, prepared)?;
             progress.say(&format!("{}: the image is on every node", cluster.name));
-            label(design, cluster)?;
+            design.gateways().iter().try_for_each(|(slot, seat)| label(cluster, *slot, &seat.name))?;
             upgrade(cluster, &values(cluster, prepared))?;
             progress.say(&format!("{}: the chart is installed", cluster.name));
         }
@@ -150,7 +150,12 @@ fn told(status: &Status) -> String {
     format!(" ({ready}; has {}; problems: {:?})", seen.join(", "), status.problems)
 }
 
-fn import(node: &Machine, prepared: &Prepared) -> Result<()> {
+/// Gives every node of a cluster the image.
+pub fn import(cluster: &Cluster, prepared: &Prepared) -> Result<()> {
+    cluster.nodes.iter().try_for_each(|node| import_on(node, prepared))
+}
+
+fn import_on(node: &Machine, prepared: &Prepared) -> Result<()> {
     let ctr = |arguments: &str| -> Result<String> {
         let mut command = node.command("ctr")?;
         command.args(["--address", daemons::CONTAINERD]).args(arguments.split_whitespace());
@@ -162,13 +167,9 @@ fn import(node: &Machine, prepared: &Prepared) -> Result<()> {
     ctr(&daemons::import(&prepared.archive)).map(drop)
 }
 
-/// Says which nodes are gateways.
-fn label(design: &Design, cluster: &Cluster) -> Result<()> {
-    for (slot, seat) in design.gateways() {
-        let label = format!("{LABEL}={slot}");
-        cluster.kubectl(&["label", "--overwrite", "node", &seat.name, &label], "")?;
-    }
-    Ok(())
+/// Makes a node the gateway of a slot.
+pub fn label(cluster: &Cluster, slot: u8, node: &str) -> Result<()> {
+    cluster.kubectl(&["label", "--overwrite", "node", node, &format!("{LABEL}={slot}")], "").map(drop)
 }
 
 /// What the chart is told of a cluster.
@@ -207,6 +208,13 @@ fn is_rolled_out(set: &str) -> Result<bool> {
     let all = &status["desiredNumberScheduled"];
     let seen = status["observedGeneration"] == set["metadata"]["generation"];
     Ok(seen && status["updatedNumberScheduled"] == *all && status["numberAvailable"] == *all)
+}
+
+/// `helm rollback`, to the revision before.
+pub fn rollback(cluster: &Cluster) -> Result<()> {
+    output(helm(cluster)?.args(["rollback", RELEASE]), "")
+        .with_context(|| format!("{}: helm rollback", cluster.name))
+        .map(drop)
 }
 
 /// Takes the release away. What `uninstall=true` has not cleaned before stays in the nodes' kernels.

@@ -14,6 +14,10 @@ use std::{
 
 use ::lab::{Namespace, guard};
 use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{NAME, cgroup::Hierarchy, init};
@@ -185,6 +189,21 @@ impl Machine {
     pub fn start(&self, daemon: &str) -> Result<()> {
         let path = self.stopped(daemon);
         fs::remove_file(&path).with_context(|| format!("remove {}: was it stopped?", path.display()))
+    }
+
+    /// Sends a daemon's process a signal.
+    pub fn signal(&self, daemon: &str, signal: Signal) -> Result<()> {
+        let first = self.running()?;
+        let children = format!("/proc/{first}/task/{first}/children");
+        let children = fs::read_to_string(&children).context(children)?;
+        let is_it = |pid: &&str| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let program = line.split(|byte| *byte == 0).next().map(String::from_utf8_lossy).unwrap_or_default();
+            program.rsplit('/').next().is_some_and(|name| name.starts_with(daemon))
+        };
+        let pid =
+            children.split_whitespace().find(is_it).with_context(|| format!("{}: no {daemon} runs", self.name))?;
+        kill(Pid::from_raw(pid.parse().context("a process's number")?), signal).with_context(|| format!("kill {pid}"))
     }
 
     fn stopped(&self, daemon: &str) -> PathBuf {

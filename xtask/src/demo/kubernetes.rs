@@ -1,12 +1,12 @@
 //! The demo in real clusters, which it makes and removes: from pods of the one to pods of the other, while machines, pods
 //! and API servers fail and Carrick is upgraded, by what an administrator has: kubectl, helm and the machine's switch.
 
+mod faults;
 mod pods;
 mod traces;
 
 use std::{
     collections::BTreeSet,
-    fs,
     path::Path,
     sync::Arc,
     thread::sleep,
@@ -20,24 +20,20 @@ use ::lab::{
     traffic::udp::Flow,
     wait_for,
 };
-use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use anyhow::Result;
+use serde_json::json;
 
 use self::pods::Pod;
 use super::{
-    Args, CONNECT_LIMIT, INTERVAL, describe,
-    load::{Load, Price},
-    rows, say,
+    Args, CONNECT_LIMIT, INTERVAL, describe, rows, say,
     table::{Table, tenths},
 };
 use crate::{
-    bench::way,
     cluster::{
         Store,
-        carrick::{self, Members, NAMESPACE, Prepared, Values},
-        power,
-        record::{Cluster, Clusters, Machine},
-        up::{self, Options, Progress, Temporary},
+        carrick::{self, Members, NAMESPACE, Prepared},
+        record::Clusters,
+        up::{Options, Progress, Temporary},
     },
     lab::on_interrupt,
     process,
@@ -45,25 +41,24 @@ use crate::{
 
 /// Of each cluster: two gateways and a worker.
 const NODES: u8 = 3;
-/// How long the API server is away.
-const AWAY: Duration = Duration::from_secs(30);
 
 /// Makes the clusters, tries everything, and removes them.
 pub fn run(args: &Args) -> Result<Table> {
-    let image = carrick::prepare(args.carrick.as_deref())?;
+    let image = carrick::prepare(args.carrick.as_deref(), "first")?;
+    let second = carrick::prepare(args.upgrade.as_deref().or(args.carrick.as_deref()), "second")?;
     let made = Arc::new(Temporary::begin()?);
     on_interrupt(&made, Temporary::end);
-    let table = tried(args, &image, &made);
+    let table = tried(args, [&image, &second], &made);
     // They have ended, were kept, or are being ended by an interrupt: then this waits.
     made.end()?;
     process::check_interrupted()?;
     table
 }
 
-fn tried(args: &Args, image: &Prepared, made: &Temporary) -> Result<Table> {
+fn tried(args: &Args, [image, second]: [&Prepared; 2], made: &Temporary) -> Result<Table> {
     let began = Instant::now();
     let clusters = made.make(Options { store: Store::Etcd, nodes: NODES })?;
-    let mut demo = Demo { table: Table::default(), clusters, image };
+    let mut demo = Demo { table: Table::default(), clusters, image, second };
     let seconds = tenths(began.elapsed().as_secs_f64());
     demo.table.hold("two clusters, each an API server and three nodes: Ready", true, seconds, "s");
     if let Err(error) = demo.all(args.keep) {
@@ -84,6 +79,8 @@ struct Demo<'a> {
     table: Table,
     clusters: Clusters,
     image: &'a Prepared,
+    /// What it is upgraded to.
+    second: &'a Prepared,
 }
 
 impl Demo<'_> {
@@ -97,11 +94,7 @@ impl Demo<'_> {
         rows::underlay(&mut self.table, &captures.stop()?);
         self.applied()?;
         let sites = self.sites()?;
-        self.node_off()?;
-        self.pods_deleted()?;
-        self.tunnel_replaced()?;
-        self.upgraded()?;
-        self.api_server_away()?;
+        self.faults()?;
         let name = "uplinks of both sites: clear text for a remote range, faults included";
         rows::clear_text(&mut self.table, name, &sites.stop()?);
         if keep { Ok(()) } else { self.uninstalled(&before) }
@@ -156,96 +149,12 @@ impl Demo<'_> {
         self.wait_all()
     }
 
-    /// That gateway of `mn` goes off by which most is sent.
-    fn node_off(&mut self) -> Result<()> {
-        let mut node = String::new();
-        self.under_load("a gateway node's power cut", Price::Some, |demo| {
-            node = demo.busiest_gateway("mn")?;
-            demo.switch(&node, false)
-        })?;
-        self.under_load("that node's power back", Price::Some, |demo| {
-            demo.switch(&node, true)?;
-            up::wait_for_nodes(demo.clusters.cluster("mn")?)?;
-            demo.wait_all()
-        })
-    }
-
-    fn busiest_gateway(&self, cluster: &str) -> Result<String> {
-        let sent = |node: &Machine| -> Result<u64> {
-            let Some(pid) = node.pid else { return Ok(0) };
-            let path = format!("/proc/{pid}/net/dev");
-            Ok(way::transmitted(&fs::read_to_string(&path).context(path)?).values().sum())
-        };
-        let nodes = &self.clusters.cluster(cluster)?.nodes;
-        let look = || nodes.iter().map(sent).collect::<Result<Vec<u64>>>();
-        let before = look()?;
-        sleep(Duration::from_millis(500));
-        let more = look()?.into_iter().zip(before).map(|(now, before)| now.saturating_sub(before));
-        let busiest = nodes.iter().zip(more).max_by_key(|(_, packets)| *packets);
-        Ok(busiest.context("a cluster without nodes")?.0.name.clone())
-    }
-
-    /// Of both clusters at once, as a hasty administrator does it.
-    fn pods_deleted(&mut self) -> Result<()> {
-        self.under_load("all agents' pods deleted by force", Price::Nothing, |demo| {
-            for cluster in &demo.clusters.clusters {
-                let pods = carrick::agents(cluster)?;
-                let names: Vec<&str> = pods.values().map(String::as_str).collect();
-                let options = ["-n", NAMESPACE, "delete", "pods", "--force", "--grace-period=0"];
-                cluster.kubectl(&[&options, &names[..]].concat(), "")?;
-            }
-            demo.wait_all()
-        })
-    }
-
-    /// As `values.yaml` says that it is to be done.
-    fn tunnel_replaced(&mut self) -> Result<()> {
-        self.under_load("a gateway drained, its tunnel's pod replaced", Price::Nothing, |demo| {
-            let cluster = demo.clusters.cluster("mn")?;
-            let at = |selector: &str| -> Result<String> {
-                let pod = carrick::by_node(cluster, selector)?.remove("mn-0");
-                pod.with_context(|| format!("no pod of {selector} runs on mn-0"))
-            };
-            let agent = at("app.kubernetes.io/component=gateway")?;
-            let drain = ["-n", NAMESPACE, "exec", agent.as_str(), "-c", "agent", "--", "carrick", "drain"];
-            cluster.kubectl_within(Duration::from_secs(60), &drain, "")?;
-            let old = at("app.kubernetes.io/component=tunnel")?;
-            cluster.kubectl_within(Duration::from_secs(60), &["-n", NAMESPACE, "delete", "pod", &old], "")?;
-            up::wait("a new tunnel", &[], || at("app.kubernetes.io/component=tunnel").map(drop))?;
-            cluster.kubectl(&[&drain[..], &["--undo"]].concat(), "")?;
-            demo.wait_all()
-        })
-    }
-
-    /// With a setting that every pod has, so that all are replaced, gateways one at a time.
-    fn upgraded(&mut self) -> Result<()> {
-        self.under_load("helm upgrade: all agents replaced", Price::Nothing, |demo| {
-            let more = [("extraEnv", json!([{"name": "DEMO", "value": "upgraded"}]))];
-            for cluster in &demo.clusters.clusters {
-                carrick::upgrade(cluster, &demo.values(cluster, &more))?;
-            }
-            for cluster in &demo.clusters.clusters {
-                carrick::wait_rolled_out(cluster)?;
-            }
-            demo.wait_all()
-        })
-    }
-
-    fn api_server_away(&mut self) -> Result<()> {
-        self.under_load("an API server killed, back after 30 s", Price::Nothing, |demo| {
-            let cluster = demo.clusters.cluster("mn")?;
-            cluster.control_plane.stop("kube-apiserver")?;
-            sleep(AWAY);
-            cluster.control_plane.start("kube-apiserver")?;
-            up::wait_for_server(cluster)?;
-            demo.wait_all()
-        })
-    }
-
     fn uninstalled(&mut self, before: &[(String, BTreeSet<String>)]) -> Result<()> {
         self.table.begin("uninstall");
         for cluster in &self.clusters.clusters {
-            carrick::upgrade(cluster, &self.values(cluster, &[("uninstall", json!(true))]))?;
+            let uninstall = ("uninstall".to_owned(), json!(true));
+            let values = carrick::values(cluster, self.image).into_iter().chain([uninstall]).collect();
+            carrick::upgrade(cluster, &values)?;
         }
         for cluster in &self.clusters.clusters {
             carrick::wait_rolled_out(cluster)?;
@@ -257,41 +166,6 @@ impl Demo<'_> {
             self.table.hold(format!("after uninstall: left on {node}"), left.is_empty(), left.len(), "things");
         }
         Ok(())
-    }
-
-    /// Does something while worker pods talk, and says what it cost.
-    fn under_load(
-        &mut self,
-        name: &'static str,
-        price: Price,
-        fault: impl FnOnce(&mut Self) -> Result<()>,
-    ) -> Result<()> {
-        self.table.begin(name);
-        let (va, mn) = (self.pod("va", 2)?, self.pod("mn", 2)?);
-        let load = Load::start(va.end(), mn.end())?;
-        let fine = self.table.is_ok();
-        fault(self)?;
-        load.end(&mut self.table, name, price)?;
-        if fine && !self.table.is_ok() {
-            self.show();
-        }
-        Ok(())
-    }
-
-    fn switch(&mut self, name: &str, on: bool) -> Result<()> {
-        let cgroups = self.clusters.cgroups.clone();
-        let (machine, switch) = self.clusters.machine_mut(name)?;
-        match on {
-            true => power::on_again(machine, switch)?,
-            false => power::off(machine, switch, &cgroups)?,
-        }
-        self.clusters.save()
-    }
-
-    /// What the chart is told in the end.
-    fn values(&self, cluster: &Cluster, more: &[(&str, Value)]) -> Values {
-        let more = more.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
-        carrick::values(cluster, self.image).into_iter().chain(more).collect()
     }
 
     fn wait_all(&self) -> Result<()> {

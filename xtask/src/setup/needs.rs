@@ -81,6 +81,12 @@ pub const NEEDS: &[Need] = &[
         by: &[For::Test],
     },
     Need {
+        what: What::Program("faketime"),
+        packages: Some(["faketime", "libfaketime", "libfaketime"]),
+        purpose: "gives an agent a clock that is wrong",
+        by: &[For::Test],
+    },
+    Need {
         what: What::Program("ethtool"),
         packages: Some(["ethtool", "ethtool", "ethtool"]),
         purpose: "changes offloads behind the agent's back",

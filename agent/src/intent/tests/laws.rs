@@ -404,9 +404,10 @@ proptest! {
         let mut own: Vec<IpNetwork> =
             advertised.flat_map(|a| &a.spec.routes).filter_map(|r| prefix::parse(&r.cidr).ok()).collect();
         // What it may not have is not its own.
-        if let Some(mine) = objects.clusters.iter().find(|c| c.metadata.name.as_deref() == Some(local.cluster.as_str())) {
-            let allowed: Vec<IpNetwork> =
-                mine.spec.allowed_cidrs.iter().filter_map(|text| prefix::parse(text).ok()).collect();
+        let is_mine = |c: &&MeshCluster| c.metadata.name.as_deref() == Some(local.cluster.as_str());
+        if objects.clusters.iter().any(|c| is_mine(&c)) {
+            let texts = objects.clusters.iter().filter(is_mine).flat_map(|c| &c.spec.allowed_cidrs);
+            let allowed: Vec<IpNetwork> = texts.filter_map(|text| prefix::parse(text).ok()).collect();
             own.retain(|range| allowed.iter().any(|outer| covers(*outer, *range)));
         }
         own.extend(&local.cidrs);

@@ -69,9 +69,10 @@ pub fn on(cluster: &Cluster, node: &str) -> Result<Pod> {
 }
 
 /// An object as `get -o yaml` shows it, to be made once more: an object that claims a version must be there already.
-pub fn without_identity(object: &str) -> String {
-    let of_the_old = |line: &&str| !["  resourceVersion:", "  uid:"].iter().any(|field| line.starts_with(field));
-    object.lines().filter(of_the_old).map(|line| format!("{line}\n")).collect()
+pub fn without_identity(objects: &str) -> String {
+    let of_the_old =
+        |line: &&str| !["resourceVersion:", "uid:"].iter().any(|field| line.trim_start().starts_with(field));
+    objects.lines().filter(of_the_old).map(|line| format!("{line}\n")).collect()
 }
 
 /// Name, address and container.

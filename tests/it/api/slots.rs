@@ -1,0 +1,92 @@
+//! Slots that nodes take by Lease.
+
+use std::{thread::sleep, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use lab::{Process, STATE_DIR, wait_for};
+use serde_json::{Value, json};
+
+use super::{
+    client::Ask,
+    world::{GATEWAY, MESH, World},
+};
+
+/// The other node's clock is half an hour ahead, and ten times as fast.
+const CLOCK: &str = "+30m x10";
+/// Longer than a Lease of that clock, shorter than what its holder has to renew it.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// A Lease of that clock, probes, and what the machine has to do besides.
+const TAKEN_WITHIN: Duration = Duration::from_secs(60);
+const OTHER: usize = 1;
+
+pub(super) fn an_auto_slot_is_taken_over_from_who_is_gone_whatever_the_clocks_say(world: &mut World) -> Result<()> {
+    label(world, GATEWAY, "auto")?;
+    label(world, OTHER, "auto")?;
+    let first = [tunnel(world, GATEWAY)?, start(world, GATEWAY, None)?];
+    held_by(world, "mn-0")?;
+    world.put_mesh()?;
+    let key = slot(world)?["spec"]["publicKey"].clone();
+
+    let _second = [tunnel(world, OTHER)?, start(world, OTHER, Some(CLOCK))?];
+    let free = |status: &Value| status["synced"] == true && status["slot"].is_null();
+    world.wait_status(OTHER, "that it holds no slot", free)?;
+    sleep(PATIENCE);
+    ensure!(slot(world)?["spec"]["node"] == "mn-0", "{}", slot(world)?);
+    ensure!(free(&world.status(OTHER)?), "{}", world.status(OTHER)?);
+
+    // Its power is cut.
+    world.lab.power_off(world.node(GATEWAY))?;
+    let gone = std::time::Instant::now();
+    drop(first);
+    held_by(world, "mn-1")?;
+    println!("taken over after {:?}", gone.elapsed());
+    ensure!(slot(world)?["spec"]["publicKey"] == key, "the key is the slot's: {}", slot(world)?);
+    world.wait_status(OTHER, "that it holds the slot", |status| status["slot"] == 0)?;
+
+    // It comes back, and believes to be what it was until it hears.
+    world.lab.power_on(world.node(GATEWAY))?;
+    let _first = [tunnel(world, GATEWAY)?, start(world, GATEWAY, None)?];
+    world.wait_status(GATEWAY, "that it holds no slot", free)?;
+    ensure!(slot(world)?["spec"]["node"] == "mn-1", "{}", slot(world)?);
+
+    label(world, GATEWAY, "0")?;
+    let none = json!({"metadata": {"labels": {"carrick.dev/gateway": null}}});
+    world.admin(&Ask::merge("/api/v1/nodes/mn-1", none))?;
+    let leases = "/apis/coordination.k8s.io/v1/namespaces/carrick/leases/carrick-gateway-0";
+    world.admin(&Ask::delete(leases)).map(drop)
+}
+
+fn label(world: &World, node: usize, value: &str) -> Result<()> {
+    let label = json!({"metadata": {"labels": {"carrick.dev/gateway": value}}});
+    world.admin(&Ask::merge(&format!("/api/v1/nodes/{}", world.node(node).host.name()), label)).map(drop)
+}
+
+fn tunnel(world: &World, node: usize) -> Result<Process> {
+    world.carrick.start_tunnel(world.node(node))
+}
+
+/// As the chart starts it on gateways, where there is one slot; with a clock of its own.
+fn start(world: &World, node: usize, clock: Option<&str>) -> Result<Process> {
+    let config = world.kubeconfig_of(node, "carrick-gateway")?;
+    let mut line = Vec::new();
+    if let Some(clock) = clock {
+        let preload = world.lab.internet.output("faketime", &["-f", "+0", "sh", "-c", "echo $LD_PRELOAD"])?;
+        line.extend([format!("LD_PRELOAD={}", preload.trim()), format!("FAKETIME={clock}")]);
+    }
+    let (program, reads) = (world.carrick.path().display(), world.reads(node, "mn", &config));
+    let agent = format!("{program} agent {reads} --state-dir {STATE_DIR} --gateway-slots 1");
+    line.extend(agent.split(' ').map(str::to_owned));
+    world.node(node).host.spawn("agent", "env", &line.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+fn slot(world: &World) -> Result<Value> {
+    world.admin(&Ask::get(&format!("{MESH}/meshgateways/0")))
+}
+
+fn held_by(world: &World, node: &str) -> Result<()> {
+    wait_for(&format!("the slot to be {node}'s"), TAKEN_WITHIN, || {
+        let slot = slot(world).map_err(|error| format!("{error:#}"))?;
+        if slot["spec"]["node"] == node { Ok(()) } else { Err(slot.to_string()) }
+    })
+    .context("the slot")
+}
