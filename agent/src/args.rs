@@ -1,17 +1,41 @@
 //! The command line: the only reader of flags and environment.
 
+mod plugin;
+
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
+    str::FromStr,
 };
 
 use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use ipnetwork::IpNetwork;
 
+pub use self::plugin::{Agents, Plugin, PluginCommand};
 use crate::{
     names::{MemberName, NodeName, Ordinal},
     source::{Origin, Server},
 };
+
+/// How this program was called.
+#[derive(Debug)]
+pub enum Called {
+    Carrick(Args),
+    /// As `kubectl carrick`: under the name `kubectl-carrick`.
+    Plugin(Plugin),
+}
+
+impl Called {
+    /// The arguments of this process. Ends it with code 2 and a word of advice where they do not do.
+    pub fn read() -> Called {
+        let name = std::env::args_os().next().unwrap_or_default();
+        if plugin::is_named_by(Path::new(&name)) {
+            Called::Plugin(Plugin::read())
+        } else {
+            Called::Carrick(Args::read())
+        }
+    }
+}
 
 /// Joins Kubernetes clusters: pods of one reach pods of another by their own IP, encrypted.
 #[derive(Debug, Parser)]
@@ -25,8 +49,7 @@ pub struct Args {
 }
 
 impl Args {
-    /// The arguments of this process. Ends it with code 2 and a word of advice where they do not do.
-    pub fn read() -> Args {
+    fn read() -> Args {
         let mut args = Args::parse();
         // The kubelet sets it in every pod.
         let in_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
@@ -78,6 +101,9 @@ pub enum Command {
     Keys(Keys),
     /// Checks a folder of manifests, or what the API server has. Prints every refusal; exit code 1 if there is any.
     Validate(Validate),
+    /// Writes this cluster's part of the mesh's folder, from what its API server says: its MeshCluster, with the gateways'
+    /// keys and a free id, and its RouteAdvertisement. What the folder says already stays.
+    Export(Export),
     /// Removes everything of Carrick's from this node's kernel. Keys and manifests stay.
     Cleanup(Cleanup),
 }
@@ -137,9 +163,8 @@ pub struct Api {
     /// Reads the objects from the API server, and follows them. The default in a pod, unless a folder is given.
     #[arg(long)]
     pub kube: bool,
-    /// With `--kube`: the kubeconfig by which to reach the API server. Default: the pod's service account.
-    #[arg(long, value_name = "PATH", env = "KUBECONFIG")]
-    pub kubeconfig: Option<OsString>,
+    #[command(flatten)]
+    pub access: Access,
 }
 
 impl Api {
@@ -148,11 +173,39 @@ impl Api {
         if !self.kube {
             return Origin::Folders(dirs.to_vec());
         }
-        let kubeconfig = self.kubeconfig.clone().filter(|paths| !paths.is_empty());
-        Origin::Kube(Server { kubeconfig, node, keep: keep.map(Path::to_owned) })
+        Origin::Kube(Server { node, keep: keep.map(Path::to_owned), ..self.access.server() })
     }
 }
 
+/// How to reach the API server.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Access {
+    /// The kubeconfig by which to reach the API server. Default: as kubectl finds it, `~/.kube/config`; without that, the
+    /// pod's service account.
+    #[arg(long, value_name = "PATH", env = "KUBECONFIG")]
+    pub kubeconfig: Option<OsString>,
+    /// Which of the kubeconfig's contexts. Default: its current one.
+    #[arg(long, value_name = "NAME")]
+    pub context: Option<String>,
+}
+
+impl Access {
+    /// What was given, one or several.
+    pub fn given(&self) -> Option<&OsString> {
+        self.kubeconfig.as_ref().filter(|paths| !paths.is_empty())
+    }
+
+    pub fn server(&self) -> Server {
+        // Only a kubeconfig has contexts: whoever names one is told that there is none.
+        let of_home = |path: &PathBuf| path.exists() || self.context.is_some();
+        let home = || std::env::home_dir().map(|home| home.join(".kube/config")).filter(of_home);
+        let kubeconfig = self.given().cloned().or_else(|| home().map(PathBuf::into_os_string));
+        Server { kubeconfig, context: self.context.clone(), node: None, keep: None }
+    }
+}
+
+/// The chart's own, in all that is said of it.
+const DEFAULT_NAMESPACE: &str = "carrick";
 pub const DEFAULT_MESH_DOMAIN: &str = "mesh.internal";
 
 /// Which WireGuard, and how to reach it.
@@ -281,6 +334,52 @@ fn ordinal(text: &str) -> Result<Ordinal, String> {
 }
 
 #[derive(Clone, Debug, ClapArgs)]
+pub struct Export {
+    /// The mesh's folder: `clusters/NAME.yaml` and `routes/NAME/pods.yaml` are written in it. A file that has to change
+    /// loses its comments.
+    #[arg(long, value_name = "DIR")]
+    pub mesh_dir: PathBuf,
+    /// This cluster's name: that of its MeshCluster. Default: what the chart was told, `cluster.name`.
+    #[arg(long, value_name = "NAME", env = "CARRICK_CLUSTER_NAME")]
+    pub cluster_name: Option<MemberName>,
+    /// Where others dial the gateway of a slot; may be given several times, also for one slot. Without any for a slot, the
+    /// folder's stay.
+    #[arg(long = "endpoint", value_name = "SLOT=HOST:PORT")]
+    pub endpoints: Vec<SlotEndpoint>,
+    /// A range that the cluster gives to pods; may be given several times. Default: what covers the Nodes' ranges.
+    #[arg(long = "pod-cidr", value_name = "CIDR")]
+    pub pod_cidrs: Vec<IpNetwork>,
+    /// Seconds to wait until each gateway has made its key.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub wait: u64,
+    /// The mesh's own DNS domain; no endpoint may lie under it.
+    #[arg(long, value_name = "DOMAIN", default_value = DEFAULT_MESH_DOMAIN)]
+    pub mesh_domain: String,
+    /// Where the chart is installed.
+    #[arg(short, long, value_name = "NAMESPACE", default_value = DEFAULT_NAMESPACE)]
+    pub namespace: String,
+    #[command(flatten)]
+    pub access: Access,
+}
+
+/// An endpoint of a slot's gateway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotEndpoint {
+    pub slot: Ordinal,
+    pub endpoint: String,
+}
+
+impl FromStr for SlotEndpoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<SlotEndpoint, String> {
+        let (slot, endpoint) = text.split_once('=').ok_or("write SLOT=HOST:PORT, as 0=gw0.example.com:27473")?;
+        let slot = slot.parse().ok().and_then(Ordinal::new).ok_or("the slot is a number from 0 to 7")?;
+        Ok(SlotEndpoint { slot, endpoint: endpoint.to_owned() })
+    }
+}
+
+#[derive(Clone, Debug, ClapArgs)]
 pub struct Validate {
     /// The folders of manifests.
     #[arg(value_name = "DIR", conflicts_with = "kube")]
@@ -329,10 +428,12 @@ mod tests {
     /// The help of every subcommand, as `docs/cli.txt` has it.
     #[test]
     fn the_reference_says_what_help_says() {
-        let mut command = Args::command();
-        command.build();
         let mut text = String::new();
-        help(&mut command, &mut text);
+        for (n, mut command) in [Args::command(), Plugin::command()].into_iter().enumerate() {
+            command.build();
+            text.push_str(if n > 0 { "----------------\n" } else { "" });
+            help(&mut command, &mut text);
+        }
         expect_file!["../../docs/cli.txt"].assert_eq(&text);
     }
 
@@ -364,9 +465,8 @@ mod tests {
     #[test]
     fn an_empty_kubeconfig_is_none() {
         for (given, used) in [(None, None), (Some(""), None), (Some("k"), Some("k"))] {
-            let api = Api { kube: true, kubeconfig: given.map(OsString::from) };
-            let Origin::Kube(server) = api.or_folders(&[], None, None) else { panic!("--kube is no folder") };
-            assert_eq!(server.kubeconfig, used.map(OsString::from));
+            let access = Access { kubeconfig: given.map(OsString::from), context: None };
+            assert_eq!(access.given(), used.map(OsString::from).as_ref());
         }
     }
 

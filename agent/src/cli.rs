@@ -2,7 +2,9 @@
 
 mod cleanup;
 mod drain;
+mod export;
 mod keys;
+mod kubectl;
 mod plan;
 mod status;
 mod validate;
@@ -17,27 +19,27 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     agent,
-    args::{self, Args, Command, Format, LogFormat},
+    args::{self, Called, Command, Format, LogFormat, PluginCommand},
+    kubectl::Question,
     source,
     tunnel::{self, TunnelOptions},
 };
 
 /// Runs the command. Exit code 0: done and well; 1: failed, or the answer is no; 2: the call's words are off.
-pub fn main(args: Args) -> ExitCode {
-    start_logs(args.log_format);
-    // Whoever runs holds keys.
-    if let Err(error) = set_dumpable(false) {
-        tracing::warn!("a crash may write keys into a core dump: {error}");
-    }
-    let answer = match args.command {
-        Command::Agent(node) => block_on(async { Ok(agent::run(node, shutdown()?).await.map(|()| true)?) }),
-        Command::Tunnel(args) => run_tunnel(args),
-        Command::Drain(args) => block_on(drain::run(args)),
-        Command::Status(args) => block_on(status::run(args)),
-        Command::Plan(args) => block_on(plan::run(args)),
-        Command::Keys(args) => keys::run(args),
-        Command::Validate(args) => block_on(validate::run(args)),
-        Command::Cleanup(args) => block_on(async { cleanup::run(args, shutdown()?).await }),
+pub fn main(called: Called) -> ExitCode {
+    let answer = match called {
+        Called::Carrick(args) => {
+            start_logs(args.log_format);
+            // Whoever runs holds keys.
+            if let Err(error) = set_dumpable(false) {
+                tracing::warn!("a crash may write keys into a core dump: {error}");
+            }
+            run(args.command)
+        }
+        Called::Plugin(plugin) => {
+            start_logs(LogFormat::Human);
+            run_plugin(plugin.command)
+        }
     };
     match answer {
         Ok(true) => ExitCode::SUCCESS,
@@ -46,6 +48,29 @@ pub fn main(args: Args) -> ExitCode {
             eprintln!("carrick: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<bool> {
+    match command {
+        Command::Agent(node) => block_on(async { Ok(agent::run(node, shutdown()?).await.map(|()| true)?) }),
+        Command::Tunnel(args) => run_tunnel(args),
+        Command::Drain(args) => block_on(drain::run(args)),
+        Command::Status(args) => block_on(status::run(args)),
+        Command::Plan(args) => block_on(plan::run(args)),
+        Command::Keys(args) => keys::run(args),
+        Command::Validate(args) => block_on(validate::run(args)),
+        Command::Export(args) => block_on(export::run(args)),
+        Command::Cleanup(args) => block_on(async { cleanup::run(args, shutdown()?).await }),
+    }
+}
+
+fn run_plugin(command: PluginCommand) -> anyhow::Result<bool> {
+    match command {
+        PluginCommand::Status(args) => kubectl::run(Question::Status, &args),
+        PluginCommand::Plan(args) => kubectl::run(Question::Plan, &args),
+        PluginCommand::Export(args) => run(Command::Export(args)),
+        PluginCommand::Validate(args) => run(Command::Validate(args)),
     }
 }
 

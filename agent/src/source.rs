@@ -19,9 +19,10 @@ use std::{fmt, path::PathBuf, sync::Arc};
 use tokio::sync::watch::{Receiver, Sender};
 
 pub use self::{
-    folder::Folder,
+    folder::{Folder, holds_manifests},
     kept::{age, forget},
-    kube::{ConnectError, LOG_CAPS, Server},
+    kube::{AskError, ConnectError, LOG_CAPS, Once, Server},
+    manifest::named,
 };
 use crate::api::Objects;
 

@@ -7,6 +7,7 @@ mod agents;
 mod chart;
 mod client;
 mod crds;
+mod export;
 mod junk;
 mod rights;
 mod slots;
@@ -43,6 +44,8 @@ on_both_stores! {
     crds::kubectl_shows_what_matters,
     crds::the_schema_refuses_what_it_can_and_validate_the_rest,
     crds::what_must_not_change_does_not,
+    export::a_right_that_export_lacks_is_named,
+    export::what_is_exported_is_taken_by_another_member,
     junk::junk_and_giants_hold_nobody_up,
     rights::each_may_do_its_own_and_nothing_else,
     slots::an_auto_slot_is_taken_over_from_who_is_gone_whatever_the_clocks_say,

@@ -65,22 +65,22 @@ const FILES: [(&str, &str); 4] = [
 ];
 
 /// The image for this machine, without an archive or a list of its contents. Its tag says what is in it, so that an image
-/// of the same name is the same. `carrick`: one that is built, instead of this tree's; with what it loads. `build`: what
-/// tells it from others of the same programs, for upgrades.
-pub fn local(carrick: Option<&Path>, build: &str) -> Result<Image> {
+/// of the same name is the same. And the `carrick` in it: that which is given, with what it loads, or this tree's. `build`:
+/// what tells it from others of the same programs, for upgrades.
+pub fn local(carrick: Option<&Path>, build: &str) -> Result<(Image, PathBuf)> {
     let missing = build::missing(Arch::HOST, Path::new(NFT));
     ensure!(missing.is_empty(), "cannot build for {}:\n{}", Arch::HOST.name(), missing.join("\n"));
     let (args, package) = (Args::default(), Package::read()?);
-    let mut image = match carrick {
-        Some(carrick) => pack(&args, &package, carrick)?.image,
+    let (mut image, program) = match carrick {
+        Some(carrick) => (pack(&args, &package, carrick)?.image, carrick.to_owned()),
         None => {
             let built = build::carrick(workspace::root(), &workspace::target_dir()?, Arch::HOST)?;
-            assemble(&args, &package, &built)?.0
+            (assemble(&args, &package, &built)?.0, built)
         }
     };
     image.file("/etc/carrick-build", 0o644, build)?;
     let tag = image.content()?.hex();
-    image.renamed(&format!("{REPOSITORY}:{}", &tag[..12]))
+    Ok((image.renamed(&format!("{REPOSITORY}:{}", &tag[..12]))?, program))
 }
 
 /// Builds and writes it. True if it is as small as it should be, and, if asked, the same twice.

@@ -63,6 +63,12 @@ enum Unread {
     Unusable(String),
 }
 
+/// Whether anything is in a folder that would have to be read.
+pub fn holds_manifests(dir: &Path) -> bool {
+    let (tree, _) = walk(&[dir.to_owned()]);
+    !(tree.files.is_empty() && tree.unknown.is_empty())
+}
+
 impl Folder {
     pub fn new(dirs: Vec<PathBuf>) -> Folder {
         Folder { dirs, known: BTreeMap::new() }

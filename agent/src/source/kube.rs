@@ -7,6 +7,7 @@
 
 mod connect;
 mod keeper;
+mod once;
 mod prune;
 mod view;
 mod watch;
@@ -27,7 +28,10 @@ use tokio::{
     time::{Instant, sleep_until, timeout_at},
 };
 
-pub use self::connect::ConnectError;
+pub use self::{
+    connect::ConnectError,
+    once::{AskError, Once},
+};
 use self::{
     keeper::Keeper,
     view::{Told, View},
@@ -58,6 +62,8 @@ const NEVER: Duration = Duration::from_secs(1 << 32);
 pub struct Server {
     /// One or several, as KUBECONFIG has them; `None`: the service account of the pod.
     pub kubeconfig: Option<OsString>,
+    /// Which of the kubeconfig's contexts; `None`: its current one.
+    pub context: Option<String>,
     /// The node whose view it is; `None`: all Nodes, and none of them is needed.
     pub node: Option<NodeName>,
     /// Where what it says is kept for the next start, when it is followed; `None`: nowhere.
@@ -67,7 +73,12 @@ pub struct Server {
 impl Server {
     /// A client of its own. Nothing is asked yet.
     pub(crate) async fn client(&self) -> Result<Client, ConnectError> {
-        Ok(connect::connect(self.kubeconfig.as_deref()).await?.0)
+        Ok(self.connect().await?.0)
+    }
+
+    /// And its address.
+    async fn connect(&self) -> Result<(Client, String), ConnectError> {
+        connect::connect(self.kubeconfig.as_deref(), self.context.as_deref()).await
     }
 }
 
@@ -107,7 +118,7 @@ pub(super) async fn read(server: &Server) -> Result<Snapshot, ReadError> {
 }
 
 async fn start(server: &Server) -> Result<(Client, View), ConnectError> {
-    let (client, host) = connect::connect(server.kubeconfig.as_deref()).await?;
+    let (client, host) = server.connect().await?;
     Ok((client, View::new(host, server.node.as_ref().map(ToString::to_string))))
 }
 
@@ -222,14 +233,17 @@ where
 }
 
 fn nodes(client: &Client, config: watcher::Config) -> Watch<prune::KubeNode> {
-    let node = ApiResource {
+    Watch { api: Api::all_with(client.clone(), &node()), kind: Kind::Kubernetes { plural: "nodes" }, config }
+}
+
+fn node() -> ApiResource {
+    ApiResource {
         group: String::new(),
         version: "v1".to_owned(),
         api_version: "v1".to_owned(),
         kind: "Node".to_owned(),
         plural: "nodes".to_owned(),
-    };
-    Watch { api: Api::all_with(client.clone(), &node), kind: Kind::Kubernetes { plural: "nodes" }, config }
+    }
 }
 
 #[cfg(test)]

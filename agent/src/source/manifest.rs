@@ -105,6 +105,12 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Vec<Item>, Vec<Located>> {
     Err(flaws)
 }
 
+/// The kind and name of each object of a manifest, in its order; `None` if it cannot be read.
+pub fn named(bytes: &[u8]) -> Option<Vec<(&'static str, String)>> {
+    let items = parse(bytes).ok()?;
+    Some(items.iter().map(|Item { object, .. }| (object.kind(), object.name())).collect())
+}
+
 /// The items of a `v1` List; anything else is itself.
 fn unlisted(node: &Node) -> Vec<&Node> {
     match (text(node, "apiVersion"), text(node, "kind"), node.value.get("items").map(|items| &items.value)) {

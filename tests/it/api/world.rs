@@ -54,6 +54,7 @@ pub(crate) struct World {
     pub(crate) lab: Lab,
     pub(crate) server: ApiServer,
     pub(crate) carrick: Carrick,
+    pub(crate) store: Store,
     client: Client,
     /// Of the administrator.
     kubeconfig: PathBuf,
@@ -79,7 +80,8 @@ pub(crate) fn on(store: Store, tests: usize, test: fn(&mut World) -> Result<()>)
 }
 
 impl World {
-    fn new(store: Store) -> Result<World> {
+    /// One of its own, which ends with the value.
+    pub(crate) fn new(store: Store) -> Result<World> {
         let [mn, _] = Member::pair();
         let lab = Lab::build(Guard::unique(&format!("api-{store:?}"))?, &[Member { nodes: 2, ..mn }])?;
         let address = lab.internet_address("mn")?;
@@ -89,7 +91,7 @@ impl World {
         let kubeconfig = server.kubeconfig("admin", ADMIN, "carrick")?;
         wait_for("the API server's certificate", START_LIMIT, || Client::new(&kubeconfig).map_err(|e| e.to_string()))?;
         let client = Client::new(&kubeconfig)?;
-        let mut world = World { lab, server, carrick: carrick()?, client, kubeconfig, spoilt: false };
+        let mut world = World { lab, server, carrick: carrick()?, store, client, kubeconfig, spoilt: false };
         world.wait_ready().and_then(|()| world.install()).inspect_err(|_| world.show_logs())?;
         Ok(world)
     }
@@ -388,7 +390,7 @@ impl World {
 }
 
 /// A program that `cargo xtask test` has built, and names.
-fn program(name: &str) -> Result<PathBuf> {
+pub(crate) fn program(name: &str) -> Result<PathBuf> {
     let variable = format!("CARRICK_{name}");
     let Some(path) = env::var_os(&variable) else { bail!("{variable} is not set: run `cargo xtask test`") };
     Ok(path.into())

@@ -1,25 +1,22 @@
 //! Carrick in the clusters, as its users bring it there: the image on every node, gateways labelled, the chart installed by
-//! helm, the gateways' keys read and put into the mesh's folder, the folder applied to both.
+//! helm, the mesh's folder written by `carrick export` of each, and applied to both.
 //!
 //! Each step may be done again: what stands already stays, and pods are replaced only by what has changed.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use ::lab::{
-    carrick::{MemberStatus, Status, TUNNEL_PORT},
-    mesh::{self, Gateway},
-};
+use ::lab::carrick::{MemberStatus, Status, TUNNEL_PORT};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::{
     daemons, design,
-    design::{Design, Seat},
+    design::Design,
     images,
     record::{self, Cluster, Clusters, Machine, output},
     up::{self, Progress},
@@ -37,15 +34,17 @@ pub type Values = BTreeMap<String, Value>;
 pub struct Prepared {
     reference: String,
     archive: PathBuf,
+    /// The `carrick` that is in it.
+    program: PathBuf,
 }
 
 /// Builds the image, or packs that `carrick`. Another `build` is another image, though of the same programs.
 pub fn prepare(carrick: Option<&Path>, build: &str) -> Result<Prepared> {
-    let image = image::local(carrick, build)?;
+    let (image, program) = image::local(carrick, build)?;
     let archive = images::dir()?.join(format!("carrick-{build}.tar"));
     fs::create_dir_all(images::dir()?).context("a folder for images")?;
     image.write(&archive)?;
-    Ok(Prepared { reference: image.reference().to_owned(), archive })
+    Ok(Prepared { reference: image.reference().to_owned(), archive, program })
 }
 
 /// Both clusters, with what they are.
@@ -71,10 +70,11 @@ impl<'a> Members<'a> {
             upgrade(cluster, &values(cluster, prepared))?;
             progress.say(&format!("{}: the chart is installed", cluster.name));
         }
-        let folder = self.write_folder()?;
+        record::give_tools(&[("kubectl", &tools::KUBECTL.path()?), ("kubectl-carrick", &prepared.program)])?;
+        let folder = self.write_folder(prepared)?;
         progress.say(&format!("the mesh's folder is written: {}", folder.display()));
         for (_, cluster) in &self.all {
-            cluster.kubectl(&["apply", "-f", &folder.display().to_string()], "")?;
+            cluster.kubectl(&["apply", "-R", "-f", &folder.display().to_string()], "")?;
             progress.say(&format!("{}: the folder is applied", cluster.name));
         }
         self.all.iter().try_for_each(|(_, cluster)| {
@@ -84,26 +84,10 @@ impl<'a> Members<'a> {
         })
     }
 
-    /// The folder that both members are given. Waits for the gateways to publish their keys.
-    fn write_folder(&self) -> Result<PathBuf> {
+    /// The folder that both members are given.
+    fn write_folder(&self, prepared: &Prepared) -> Result<PathBuf> {
         let folder = record::folder()?.join("mesh");
-        fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
-        for (design, cluster) in &self.all {
-            let Design { member, .. } = design;
-            let keys = public_keys(design, cluster)?;
-            let gateway = |(slot, seat): (u8, Seat)| {
-                let public_key = keys[&slot].clone();
-                let endpoint = format!("{}:{TUNNEL_PORT}", seat.address());
-                Gateway { public_key, endpoints: if member.behind_nat { Vec::new() } else { vec![endpoint] } }
-            };
-            let gateways: Vec<Gateway> = design.gateways().into_iter().map(gateway).collect();
-            let write = |kind: &str, text: &str| {
-                let path = folder.join(format!("{}-{kind}.yaml", member.name));
-                fs::write(&path, text).with_context(|| format!("write {}", path.display()))
-            };
-            write("cluster", &mesh::cluster(member, &gateways))?;
-            write("routes", &mesh::routes(member, &member.pod_ranges()))?;
-        }
+        self.all.iter().try_for_each(|(design, cluster)| export(design, cluster, prepared, &folder))?;
         Ok(folder)
     }
 
@@ -246,27 +230,18 @@ fn helm(cluster: &Cluster) -> Result<Command> {
     Ok(command)
 }
 
-/// The keys that gateways publish, by slot.
-fn public_keys(design: &Design, cluster: &Cluster) -> Result<BTreeMap<u8, String>> {
-    let wanted = design.gateways();
-    let mut keys = BTreeMap::new();
-    up::wait(&format!("the keys of the gateways of {}", cluster.name), &up::node_logs(cluster), || {
-        keys = published(&cluster.kubectl(&["get", "meshgateways", "-o", "json"], "")?)?;
-        let lacks: BTreeSet<&str> =
-            wanted.iter().filter(|(slot, _)| !keys.contains_key(slot)).map(|(_, seat)| seat.name.as_str()).collect();
-        ensure!(lacks.is_empty(), "no MeshGateway of {lacks:?}\n{}", pods(cluster)?);
-        Ok(())
-    })?;
-    Ok(keys)
-}
-
-fn published(list: &str) -> Result<BTreeMap<u8, String>> {
-    let list: Value = serde_json::from_str(list).context("MeshGateways")?;
-    let key = |item: &Value| {
-        let spec = &item["spec"];
-        Some((u8::try_from(spec["ordinal"].as_u64()?).ok()?, spec["publicKey"].as_str()?.to_owned()))
-    };
-    Ok(list["items"].as_array().into_iter().flatten().filter_map(key).collect())
+/// Adds the cluster's part to the mesh's folder, once its gateways have published their keys.
+fn export(design: &Design, cluster: &Cluster, prepared: &Prepared, folder: &Path) -> Result<()> {
+    let mut command = cluster.client(&prepared.program)?;
+    command.args(["export", &format!("--wait={}", up::LIMIT.as_secs()), "--mesh-dir"]).arg(folder);
+    for range in design.member.pod_ranges() {
+        command.arg(format!("--pod-cidr={range}"));
+    }
+    for (slot, seat) in design.gateways().into_iter().filter(|_| !design.member.behind_nat) {
+        command.arg(format!("--endpoint={slot}={}:{TUNNEL_PORT}", seat.address()));
+    }
+    let exported = output(&mut command, "").map(drop);
+    exported.with_context(|| format!("{}: carrick export\n{}", cluster.name, pods(cluster).unwrap_or_default()))
 }
 
 /// For people.
@@ -310,11 +285,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_and_pods_are_read_as_the_api_server_lists_them() {
-        let gateways =
-            r#"{"items": [{"metadata": {"name": "0"}, "spec": {"ordinal": 0, "node": "mn-0", "publicKey": "K="}}]}"#;
-        assert_eq!(published(gateways).unwrap(), BTreeMap::from([(0, "K=".to_owned())]));
-        assert_eq!(published(r#"{"items": []}"#).unwrap(), BTreeMap::new());
+    fn pods_are_read_as_the_api_server_lists_them() {
         let pods = r#"{"items": [
             {"metadata": {"name": "a"}, "spec": {"nodeName": "mn-0"}, "status": {"phase": "Running"}},
             {"metadata": {"name": "b"}, "spec": {"nodeName": "mn-1"}, "status": {"phase": "Pending"}},

@@ -6,6 +6,7 @@ use std::{
     fs,
     io::Write,
     net::Ipv4Addr,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
@@ -132,6 +133,9 @@ impl Cluster {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net=/proc/{}/ns/net", self.control_plane.running()?)).arg("--").arg(program);
         command.env("KUBECONFIG", &self.kubeconfig).env(guard::MARK, NAME);
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::iter::once(bin()?).chain(std::env::split_paths(&path));
+        command.env("PATH", std::env::join_paths(path).context("PATH")?);
         Ok(command)
     }
 
@@ -231,6 +235,26 @@ pub fn output(command: &mut Command, input: &str) -> Result<String> {
 /// Where everything of the clusters lies: a real file system, outside the repository.
 pub fn folder() -> Result<PathBuf> {
     Ok(tools::cache_dir()?.join("cluster"))
+}
+
+/// Where what [`Cluster::client`] runs finds other programs first.
+fn bin() -> Result<PathBuf> {
+    Ok(folder()?.join("bin"))
+}
+
+/// Has what [`Cluster::client`] runs find those programs by these names.
+pub fn give_tools(tools: &[(&str, &Path)]) -> Result<()> {
+    let bin = bin()?;
+    fs::create_dir_all(&bin).with_context(|| format!("make {}", bin.display()))?;
+    for (name, program) in tools {
+        let link = bin.join(name);
+        let program = program.canonicalize().with_context(|| program.display().to_string())?;
+        if link.symlink_metadata().is_ok() {
+            fs::remove_file(&link).with_context(|| format!("remove {}", link.display()))?;
+        }
+        symlink(&program, &link).with_context(|| format!("link {}", link.display()))?;
+    }
+    Ok(())
 }
 
 fn file() -> Result<PathBuf> {

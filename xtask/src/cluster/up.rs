@@ -23,7 +23,7 @@ use super::{
 use crate::{process, tools};
 
 /// How long each part of the way may take, on a busy machine.
-const LIMIT: Duration = Duration::from_secs(180);
+pub const LIMIT: Duration = Duration::from_secs(180);
 /// How often the API server is asked: each question is a process.
 const POLL: Duration = Duration::from_millis(250);
 /// Lines of each log that are shown when something does not come up.

@@ -35,9 +35,12 @@ pub enum ConnectError {
 }
 
 /// The client, and the API server's address.
-pub(super) async fn connect(kubeconfig: Option<&OsStr>) -> Result<(Client, String), ConnectError> {
+pub(super) async fn connect(
+    kubeconfig: Option<&OsStr>,
+    context: Option<&str>,
+) -> Result<(Client, String), ConnectError> {
     let mut config = match kubeconfig {
-        Some(paths) => from_files(paths).await?,
+        Some(paths) => from_files(paths, context).await?,
         None => Config::incluster_env().map_err(|why| ConnectError::ServiceAccount { why: Box::new(why) })?,
     };
     config.read_timeout = Some(SILENCE);
@@ -52,7 +55,7 @@ pub(super) async fn connect(kubeconfig: Option<&OsStr>) -> Result<(Client, Strin
 }
 
 /// As `kubectl` does it: what an earlier file says stands.
-async fn from_files(paths: &OsStr) -> Result<Config, ConnectError> {
+async fn from_files(paths: &OsStr, context: Option<&str>) -> Result<Config, ConnectError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |why| ConnectError::Kubeconfig { path, why: kubeconfig_told(&why) }
@@ -62,7 +65,8 @@ async fn from_files(paths: &OsStr) -> Result<Config, ConnectError> {
         let next = Kubeconfig::read_from(&path).map_err(failed(&path))?;
         merged = merged.merge(next).map_err(failed(&path))?;
     }
-    let config = Config::from_custom_kubeconfig(merged, &KubeConfigOptions::default()).await;
+    let options = KubeConfigOptions { context: context.map(str::to_owned), ..KubeConfigOptions::default() };
+    let config = Config::from_custom_kubeconfig(merged, &options).await;
     config.map_err(failed(Path::new(paths)))
 }
 

@@ -160,7 +160,7 @@ impl<T: Clone + PartialEq> Kind<T> {
 
 impl Trouble {
     /// With the remedy.
-    fn told(&self) -> &str {
+    pub(super) fn told(&self) -> &str {
         match self {
             Trouble::NotServed => {
                 "the API server does not have this kind, or is about to lose it: install the chart's CRDs"

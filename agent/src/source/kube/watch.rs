@@ -37,7 +37,7 @@ const GROUP: &str = "carrick.dev";
 /// What has gone on for so long was well until then: longer than it takes to connect in vain.
 const WELL: Duration = Duration::from_secs(20);
 /// To answer what is no watch, or to send one page of a list.
-const ANSWER: Duration = Duration::from_secs(30);
+pub(super) const ANSWER: Duration = Duration::from_secs(30);
 /// Pauses grow to this, and by jitter to twice that.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -175,8 +175,11 @@ where
 }
 
 async fn answered<T>(asked: impl Future<Output = T>) -> Result<T, End> {
-    let late = || format!("does not answer within {} s: is it up, and is the address right?", ANSWER.as_secs());
-    timeout(ANSWER, asked).await.map_err(|_| End::Trouble(Trouble::Other(late())))
+    timeout(ANSWER, asked).await.map_err(|_| End::Trouble(Trouble::Other(unanswered())))
+}
+
+pub(super) fn unanswered() -> String {
+    format!("does not answer within {} s: is it up, and is the address right?", ANSWER.as_secs())
 }
 
 fn trouble(error: &watcher::Error, plural: &str) -> Trouble {
@@ -194,7 +197,7 @@ fn trouble(error: &watcher::Error, plural: &str) -> Trouble {
 }
 
 /// What went wrong, and the remedy.
-fn failure(error: &Error, plural: &str) -> String {
+pub(super) fn failure(error: &Error, plural: &str) -> String {
     match error {
         Error::Api(status) => refusal(status, plural),
         Error::Service(source) => match source.downcast_ref::<AuthError>() {
@@ -203,7 +206,7 @@ fn failure(error: &Error, plural: &str) -> String {
         },
         // Its text says nothing but that the stream has ended before its end.
         Error::ReadEvents(_) => "has fallen silent, or breaks its watches off: asking it anew".to_owned(),
-        error => format!("{plural} cannot be watched: {}", unquoted(&error.to_string())),
+        error => format!("{plural} cannot be read: {}", unquoted(&error.to_string())),
     }
 }
 
@@ -213,7 +216,7 @@ fn refusal(status: &Status, plural: &str) -> String {
         401 => format!("does not accept our token or certificate: renew the credentials (401 {message})"),
         403 => format!("{message} (403): grant it, as the chart's RBAC does"),
         410 => format!("has forgotten where the watch of {plural} was: listing anew (410)"),
-        code => format!("{plural} cannot be watched: {code} {message}"),
+        code => format!("{plural} cannot be read: {code} {message}"),
     }
 }
 
@@ -263,15 +266,15 @@ mod tests {
             Other("does not accept our token or certificate: renew the credentials (401 Unauthorized)")
             Other("meshclusters.carrick.dev is forbidden: User \"w\" cannot list resource \"meshclusters\" (403): grant it, as the chart's RBAC does")
             Other("has forgotten where the watch of meshclusters was: listing anew (410)")
-            Other("meshclusters cannot be watched: 429 the server has received too many requests")
-            Other("meshclusters cannot be watched: 500 etcdserver: request timed out")
+            Other("meshclusters cannot be read: 429 the server has received too many requests")
+            Other("meshclusters cannot be read: 500 etcdserver: request timed out")
             Other("does not answer (connection refused): is it up, and is the address right?")
             Other("cannot be asked: correct its credentials: failed exec auth: No id-token for oidc Authentication provider")
-            Other("meshclusters cannot be watched: Error deserializing response: invalid type: string \"…\", expected i64 at line 1 column 10")
-            Other("meshclusters cannot be watched: 504 Too large resource version: 7, current: 5")
+            Other("meshclusters cannot be read: Error deserializing response: invalid type: string \"…\", expected i64 at line 1 column 10")
+            Other("meshclusters cannot be read: 504 Too large resource version: 7, current: 5")
             Other("has fallen silent, or breaks its watches off: asking it anew")
             Other("has forgotten where the watch of meshclusters was: listing anew (410)")
-            Other("meshclusters cannot be watched: 404 not found")
+            Other("meshclusters cannot be read: 404 not found")
             Other("gives meshclusters no resourceVersion")
         "#]].assert_eq(&told);
     }
