@@ -10,16 +10,28 @@ use super::{
     strict,
     yaml::{self, Flaw, Node, Value, document_at, shown},
 };
-use crate::api::{EgressPolicy, MeshCluster, MeshGateway, RouteAdvertisement, v1};
+use crate::api::{
+    EgressPolicy, MeshCluster, MeshGateway, RouteAdvertisement,
+    network::{BlockAffinity, CiliumNode, IpPool, ServiceCidr},
+    v1,
+};
 
-/// What each document of ours says it is.
-const API_VERSION: &str = "carrick.dev/v1alpha1";
+/// The kinds that are read, and the apiVersion that each document of them has.
+const KINDS: [(&str, &str); 10] = [
+    ("MeshCluster", "carrick.dev/v1alpha1"),
+    ("RouteAdvertisement", "carrick.dev/v1alpha1"),
+    ("EgressPolicy", "carrick.dev/v1alpha1"),
+    ("MeshGateway", "carrick.dev/v1alpha1"),
+    ("Node", "v1"),
+    ("Pod", "v1"),
+    ("ServiceCIDR", "networking.k8s.io/v1"),
+    ("CiliumNode", "cilium.io/v2"),
+    ("BlockAffinity", "crd.projectcalico.org/v1"),
+    ("IPPool", "crd.projectcalico.org/v1"),
+];
 
-/// The kinds that are read.
-const KINDS: [&str; 6] = ["MeshCluster", "RouteAdvertisement", "EgressPolicy", "MeshGateway", "Node", "Pod"];
-
-/// Kinds of Kubernetes and its CNIs that a member's own folder will hold.
-const FORESEEN: [&str; 3] = ["Service", "EndpointSlice", "CiliumNode"];
+/// Kinds of Kubernetes that a member's own folder will hold.
+const FORESEEN: [&str; 2] = ["Service", "EndpointSlice"];
 
 /// Flaws reported of one file; one broken template must not fill a log.
 const MAX_FLAWS: usize = 20;
@@ -40,6 +52,10 @@ pub(super) enum Object {
     Gateway(MeshGateway),
     Node(v1::Node),
     Pod(v1::Pod),
+    ServiceCidr(ServiceCidr),
+    CiliumNode(CiliumNode),
+    BlockAffinity(BlockAffinity),
+    IpPool(IpPool),
 }
 
 impl Object {
@@ -51,6 +67,10 @@ impl Object {
             Object::Gateway(_) => "MeshGateway",
             Object::Node(_) => "Node",
             Object::Pod(_) => "Pod",
+            Object::ServiceCidr(_) => "ServiceCIDR",
+            Object::CiliumNode(_) => "CiliumNode",
+            Object::BlockAffinity(_) => "BlockAffinity",
+            Object::IpPool(_) => "IPPool",
         }
     }
 
@@ -63,6 +83,10 @@ impl Object {
             Object::Gateway(object) => object.name_any(),
             Object::Node(object) => object.metadata.name.clone(),
             Object::Pod(object) => object.full_name(),
+            Object::ServiceCidr(object) => object.metadata.name.clone(),
+            Object::CiliumNode(object) => object.metadata.name.clone(),
+            Object::BlockAffinity(object) => object.metadata.name.clone(),
+            Object::IpPool(object) => object.metadata.name.clone(),
         }
     }
 }
@@ -122,7 +146,11 @@ fn read(node: &Node) -> Result<Object, Vec<Flaw>> {
         "EgressPolicy" => typed(node).map(Object::Policy),
         "MeshGateway" => typed(node).map(Object::Gateway),
         "Node" => strict::part(node).map(Object::Node),
-        _ => strict::part(node).map(Object::Pod),
+        "Pod" => strict::part(node).map(Object::Pod),
+        "ServiceCIDR" => strict::part(node).map(Object::ServiceCidr),
+        "CiliumNode" => strict::part(node).map(Object::CiliumNode),
+        "BlockAffinity" => strict::part(node).map(Object::BlockAffinity),
+        _ => strict::part(node).map(Object::IpPool),
     }
 }
 
@@ -135,14 +163,14 @@ fn kind(node: &Node) -> Result<&'static str, Flaw> {
     if !matches!(node.value, Value::Map(_)) {
         return Err(Flaw::at(node.line, "is not an object: a mapping with apiVersion, kind, metadata and spec"));
     }
+    let names = KINDS.map(|(name, _)| name);
     let line_of = |field| node.value.get(field).map_or(node.line, |value| value.line);
     let Some(given) = text(node, "kind") else {
-        return Err(Flaw::at(line_of("kind"), format!("kind: is missing: one of {}", KINDS.join(", "))));
+        return Err(Flaw::at(line_of("kind"), format!("kind: is missing: one of {}", names.join(", "))));
     };
-    if let Some(kind) = KINDS.iter().find(|kind| **kind == given) {
-        let wanted = version_of(kind);
+    if let Some((kind, wanted)) = KINDS.iter().find(|(kind, _)| *kind == given) {
         return match text(node, "apiVersion") {
-            Some(version) if version == wanted => Ok(kind),
+            Some(version) if version == *wanted => Ok(kind),
             Some(other) => Err(Flaw::at(
                 line_of("apiVersion"),
                 format!("apiVersion: {kind} is of {wanted}, not of {}", shown(other)),
@@ -150,17 +178,12 @@ fn kind(node: &Node) -> Result<&'static str, Flaw> {
             None => Err(Flaw::at(line_of("apiVersion"), format!("apiVersion: is missing: {wanted}"))),
         };
     }
-    let message = match strict::nearest(given, &KINDS) {
+    let message = match strict::nearest(given, &names) {
         _ if FORESEEN.contains(&given) => format!("kind: {given} is not supported yet: take it out of the folder"),
         Some(near) => format!("kind: {} is unknown, did you mean {near:?}?", shown(given)),
-        None => format!("kind: {} is none of {}: take it out of the folder", shown(given), KINDS.join(", ")),
+        None => format!("kind: {} is none of {}: take it out of the folder", shown(given), names.join(", ")),
     };
     Err(Flaw::at(line_of("kind"), message))
-}
-
-/// The version of one of [`KINDS`].
-fn version_of(kind: &str) -> &'static str {
-    if matches!(kind, "Node" | "Pod") { "v1" } else { API_VERSION }
 }
 
 /// Every object has a name, and every kind but Pod is cluster-scoped.
@@ -570,12 +593,12 @@ metadata:
             expect![[r#"
                 line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
                 line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
-                line 1 (1): kind: is missing: one of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod
+                line 1 (1): kind: is missing: one of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod, ServiceCIDR, CiliumNode, BlockAffinity, IPPool
                 line 1 (1): apiVersion: is missing: carrick.dev/v1alpha1
                 line 2 (1): apiVersion: MeshCluster is of carrick.dev/v1alpha1, not of "carrick.dev/v1"
                 line 1 (1): kind: "MeshClutser" is unknown, did you mean "MeshCluster"?
-                line 1 (1): kind: "Deployment" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod: take it out of the folder
-                line 1 (1): kind: (not shown) is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod: take it out of the folder
+                line 1 (1): kind: "Deployment" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod, ServiceCIDR, CiliumNode, BlockAffinity, IPPool: take it out of the folder
+                line 1 (1): kind: (not shown) is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod, ServiceCIDR, CiliumNode, BlockAffinity, IPPool: take it out of the folder
                 line 1 (1): kind: Service is not supported yet: take it out of the folder
                 line 1 (1): metadata.name: is missing
                 line 1 (1): metadata.name: is missing
