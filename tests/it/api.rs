@@ -7,6 +7,7 @@ mod agents;
 mod client;
 mod crds;
 mod junk;
+mod ranges;
 mod rights;
 mod watches;
 mod world;
@@ -39,6 +40,9 @@ on_both_stores! {
     crds::the_schema_refuses_what_it_can_and_validate_the_rest,
     crds::what_must_not_change_does_not,
     junk::junk_and_giants_hold_nobody_up,
+    ranges::a_cni_s_kind_that_is_forbidden_is_named,
+    ranges::a_cni_s_ranges_are_read_as_they_come,
+    ranges::services_ranges_are_nobody_else_s,
     rights::each_may_do_its_own_and_nothing_else,
     watches::a_steady_cluster_is_not_asked_for_anything,
 }

@@ -36,33 +36,48 @@ pub(super) fn a_steady_cluster_is_not_asked_for_anything(world: &mut World) -> R
         pace(&gateway)? + HEARTBEATS
     );
     expect![[r#"
+        1 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/ciliumnodes.cilium.io
         2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/egresspolicies.carrick.dev
+        1 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/ippools.crd.projectcalico.org
         2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshclusters.carrick.dev
         2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshgateways.carrick.dev
         2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/routeadvertisements.carrick.dev
         1 x list /api/v1/nodes fieldSelector=metadata.name%3Dmn-1 limit=500
+        1 x list /apis/apiextensions.k8s.io/v1/customresourcedefinitions fieldSelector=metadata.name%3Dciliumnodes.cilium.io limit=500
+        1 x list /apis/apiextensions.k8s.io/v1/customresourcedefinitions fieldSelector=metadata.name%3Dippools.crd.projectcalico.org limit=500
         1 x list /apis/carrick.dev/v1alpha1/egresspolicies limit=500
         1 x list /apis/carrick.dev/v1alpha1/meshclusters limit=500
         1 x list /apis/carrick.dev/v1alpha1/meshgateways limit=500
         1 x list /apis/carrick.dev/v1alpha1/routeadvertisements limit=500
+        1 x list /apis/networking.k8s.io/v1/servicecidrs limit=500
         1 x watch /api/v1/nodes allowWatchBookmarks=true fieldSelector=metadata.name%3Dmn-1 resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/apiextensions.k8s.io/v1/customresourcedefinitions allowWatchBookmarks=true fieldSelector=metadata.name%3Dciliumnodes.cilium.io resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/apiextensions.k8s.io/v1/customresourcedefinitions allowWatchBookmarks=true fieldSelector=metadata.name%3Dippools.crd.projectcalico.org resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /apis/carrick.dev/v1alpha1/egresspolicies allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /apis/carrick.dev/v1alpha1/meshclusters allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /apis/carrick.dev/v1alpha1/meshgateways allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /apis/carrick.dev/v1alpha1/routeadvertisements allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/networking.k8s.io/v1/servicecidrs allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
     "#]].assert_eq(&shown(&worker));
     expect![[r#"
         1 x get /api/v1/namespaces/carrick/secrets/carrick-gateway-0
+        1 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/blockaffinities.crd.projectcalico.org
+        1 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/ciliumnodes.cilium.io
         2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/egresspolicies.carrick.dev
+        1 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/ippools.crd.projectcalico.org
         2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshclusters.carrick.dev
         2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/meshgateways.carrick.dev
         2 x get /apis/apiextensions.k8s.io/v1/customresourcedefinitions/routeadvertisements.carrick.dev
         1 x list /api/v1/nodes fieldSelector=metadata.name%3Dmn-0 limit=500
         1 x list /api/v1/nodes limit=500
+        1 x list /apis/apiextensions.k8s.io/v1/customresourcedefinitions fieldSelector=metadata.name%3Dblockaffinities.crd.projectcalico.org limit=500
+        1 x list /apis/apiextensions.k8s.io/v1/customresourcedefinitions fieldSelector=metadata.name%3Dciliumnodes.cilium.io limit=500
+        1 x list /apis/apiextensions.k8s.io/v1/customresourcedefinitions fieldSelector=metadata.name%3Dippools.crd.projectcalico.org limit=500
         1 x list /apis/carrick.dev/v1alpha1/egresspolicies limit=500
         1 x list /apis/carrick.dev/v1alpha1/meshclusters limit=500
         1 x list /apis/carrick.dev/v1alpha1/meshgateways limit=500
         1 x list /apis/carrick.dev/v1alpha1/routeadvertisements limit=500
+        1 x list /apis/networking.k8s.io/v1/servicecidrs limit=500
         some x patch /apis/carrick.dev/v1alpha1/meshclusters/mn/status fieldManager=carrick force=true
         some x patch /apis/carrick.dev/v1alpha1/meshclusters/va/status fieldManager=carrick force=true
         1 x patch /apis/carrick.dev/v1alpha1/meshgateways/0 fieldManager=carrick force=true
@@ -71,10 +86,14 @@ pub(super) fn a_steady_cluster_is_not_asked_for_anything(world: &mut World) -> R
         some x patch /apis/carrick.dev/v1alpha1/routeadvertisements/va/status fieldManager=carrick force=true
         1 x watch /api/v1/nodes allowWatchBookmarks=true fieldSelector=metadata.name%3Dmn-0 resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /api/v1/nodes allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/apiextensions.k8s.io/v1/customresourcedefinitions allowWatchBookmarks=true fieldSelector=metadata.name%3Dblockaffinities.crd.projectcalico.org resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/apiextensions.k8s.io/v1/customresourcedefinitions allowWatchBookmarks=true fieldSelector=metadata.name%3Dciliumnodes.cilium.io resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/apiextensions.k8s.io/v1/customresourcedefinitions allowWatchBookmarks=true fieldSelector=metadata.name%3Dippools.crd.projectcalico.org resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /apis/carrick.dev/v1alpha1/egresspolicies allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /apis/carrick.dev/v1alpha1/meshclusters allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /apis/carrick.dev/v1alpha1/meshgateways allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
         1 x watch /apis/carrick.dev/v1alpha1/routeadvertisements allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
+        1 x watch /apis/networking.k8s.io/v1/servicecidrs allowWatchBookmarks=true resourceVersion=N timeoutSeconds=290 watch=true
     "#]].assert_eq(&shown(&gateway));
     ensure!(pace(&worker)? <= WORKER_BUDGET && pace(&gateway)? + HEARTBEATS <= GATEWAY_BUDGET);
     ensure!(later == 0, "{later} requests in {QUIET:?}: {:?}", &audit[begun..]);
