@@ -381,6 +381,101 @@ metadata:
   resourceVersion: ""
 "#;
 
+    /// `kubectl get servicecidrs,ciliumnodes,blockaffinities,ippools -o yaml`, shortened where it only repeats itself.
+    const NETWORK: &str = r#"apiVersion: v1
+items:
+- apiVersion: networking.k8s.io/v1
+  kind: ServiceCIDR
+  metadata:
+    creationTimestamp: "2026-01-02T03:04:05Z"
+    finalizers: [networking.k8s.io/service-cidr-finalizer]
+    name: kubernetes
+  spec:
+    cidrs:
+    - 10.96.0.0/12
+  status:
+    conditions:
+    - {type: Ready, status: "True", message: Kubernetes Service CIDR is ready, reason: ""}
+- apiVersion: cilium.io/v2
+  kind: CiliumNode
+  metadata:
+    labels: {kubernetes.io/hostname: n1}
+    name: n1
+    ownerReferences: [{apiVersion: v1, kind: Node, name: n1, uid: 00000000-0000-0000-0000-000000000000}]
+  spec:
+    addresses: [{ip: 192.0.2.1, type: InternalIP}, {ip: 10.0.1.214, type: CiliumInternalIP}]
+    alibaba-cloud: {}
+    azure: {}
+    bootid: 00000000-0000-0000-0000-000000000000
+    encryption: {}
+    eni: {}
+    health: {ipv4: 10.0.1.89}
+    ipam:
+      podCIDRs: [10.0.1.0/24]
+      pools: {allocated: null}
+  status:
+    ipam: {operator-status: {}}
+- apiVersion: crd.projectcalico.org/v1
+  kind: BlockAffinity
+  metadata:
+    annotations: {projectcalico.org/metadata: '{"creationTimestamp":null}'}
+    name: n1-10-42-0-64-26
+  spec:
+    cidr: 10.42.0.64/26
+    deleted: "false"
+    node: n1
+    state: confirmed
+- apiVersion: crd.projectcalico.org/v1
+  kind: IPPool
+  metadata: {name: default-ipv4-ippool}
+  spec:
+    allowedUses: [Workload, Tunnel]
+    blockSize: 26
+    cidr: 10.42.0.0/16
+    ipipMode: Always
+    natOutgoing: true
+    nodeSelector: all()
+    vxlanMode: Never
+kind: List
+"#;
+
+    #[test]
+    fn a_network_s_objects_as_kubectl_prints_them() {
+        check(
+            NETWORK,
+            expect![[r#"
+                3 ServiceCIDR/kubernetes
+                15 CiliumNode/n1
+                34 BlockAffinity/n1-10-42-0-64-26
+                44 IPPool/default-ipv4-ippool
+            "#]],
+        );
+        let objects: Vec<_> = parse(NETWORK.as_bytes()).unwrap().into_iter().map(|item| item.object).collect();
+        let [
+            Object::ServiceCidr(services),
+            Object::CiliumNode(node),
+            Object::BlockAffinity(block),
+            Object::IpPool(pool),
+        ] = &objects[..]
+        else {
+            panic!("{objects:?}")
+        };
+        assert_eq!(services.spec.cidrs, ["10.96.0.0/12"]);
+        assert_eq!(
+            (&*node.spec.ipam.pod_cidrs, node.spec.ipam.pools.allocated.len()),
+            (&["10.0.1.0/24".to_owned()][..], 0)
+        );
+        let spec = &block.spec;
+        assert_eq!([&spec.cidr, &spec.node, &spec.state, &spec.deleted], ["10.42.0.64/26", "n1", "confirmed", "false"]);
+        assert_eq!((&*pool.spec.cidr, pool.spec.disabled), ("10.42.0.0/16", false));
+        check(
+            "apiVersion: projectcalico.org/v3\nkind: IPPool\nmetadata: {name: p}\n",
+            expect![[r#"
+                line 1 (1): apiVersion: IPPool is of crd.projectcalico.org/v1, not of "projectcalico.org/v3"
+            "#]],
+        );
+    }
+
     #[test]
     fn nodes_and_pods_as_kubectl_prints_them() {
         check(
