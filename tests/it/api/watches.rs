@@ -130,10 +130,11 @@ fn request(event: &Value) -> String {
 }
 
 fn shown(asked: &BTreeMap<String, usize>) -> String {
-    // How often status comes to be written at a start, depends on who is heard first.
+    // How often status comes to be written at a start, and whether an event with it, depends on who is heard first.
     let times =
         |request: &str, times: &usize| if request.contains("/status ") { "some".to_owned() } else { times.to_string() };
-    asked.iter().map(|(request, seen)| format!("{} x {request}\n", times(request, seen))).collect()
+    let steady = asked.iter().filter(|(request, _)| !request.contains("/events"));
+    steady.map(|(request, seen)| format!("{} x {request}\n", times(request, seen))).collect()
 }
 
 /// Requests a minute once nothing changes: each watch is asked for again when its time is up.
