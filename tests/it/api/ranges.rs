@@ -76,7 +76,7 @@ fn homes(world: &World, node: usize) -> Result<Vec<String>> {
 fn home(entry: &Value) -> Result<String> {
     let bytes = |field: &str| -> Result<Vec<u8>> {
         let bytes = entry[field].as_array().context("bytes")?.iter();
-        let byte = |byte: &Value| Some(u8::from_str_radix(byte.as_str()?.strip_prefix("0x")?, 16).ok()?);
+        let byte = |byte: &Value| u8::from_str_radix(byte.as_str()?.strip_prefix("0x")?, 16).ok();
         bytes.map(byte).collect::<Option<_>>().context("bytes in hexadecimal")
     };
     let (key, value) = (bytes("key")?, bytes("value")?);
