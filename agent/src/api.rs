@@ -12,6 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
 use kube::{CustomResource, KubeSchema, core::Rule};
 use serde::{Deserialize, Serialize};
 
+pub mod network;
 pub mod v1;
 
 /// The limits that the schema and [`crate::intent`] share.
@@ -71,6 +72,7 @@ fn immutable() -> Rule {
 
 /// The typed objects of one snapshot.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Objects {
     pub clusters: Vec<MeshCluster>,
     pub advertisements: Vec<RouteAdvertisement>,
@@ -78,6 +80,10 @@ pub struct Objects {
     pub gateways: Vec<MeshGateway>,
     pub nodes: Vec<v1::Node>,
     pub pods: Vec<v1::Pod>,
+    pub service_cidrs: Vec<network::ServiceCidr>,
+    pub cilium_nodes: Vec<network::CiliumNode>,
+    pub block_affinities: Vec<network::BlockAffinity>,
+    pub ip_pools: Vec<network::IpPool>,
 }
 
 /// Who the member is, and what it may ever claim. Belongs to the administrators of the mesh.

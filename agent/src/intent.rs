@@ -11,6 +11,7 @@
 mod cluster;
 mod endpoint;
 mod folder;
+mod network;
 mod prefix;
 #[cfg(test)]
 mod tests;
@@ -58,6 +59,8 @@ pub struct Cluster {
     pub gateways: BTreeMap<Ordinal, NodeName>,
     /// Where pods live whose address lies in no node's `pods`.
     pub pods: BTreeMap<IpAddr, NodeName>,
+    /// The CNI gives nodes blocks out of pools. Which, only gateways are told.
+    pub pooled: bool,
 }
 
 /// One node of this member's own cluster.
@@ -168,6 +171,10 @@ pub enum Kind {
     MeshGateway,
     Node,
     Pod,
+    ServiceCIDR,
+    CiliumNode,
+    BlockAffinity,
+    IPPool,
 }
 
 macro_rules! reasons {
@@ -414,8 +421,8 @@ impl Intent {
     /// Takes `local`'s view of a `mesh` and the `objects` that it was made of.
     ///
     /// Refuses the prefixes of others that overlap this cluster's own ranges: its own advertisements (also those that
-    /// lost a conflict), its nodes' addresses and pod ranges, [`Local::cidrs`] and [`Local::api_server`]; and their gateways that carry a key which this
-    /// cluster's own MeshCluster names.
+    /// lost a conflict), its nodes' addresses and pod ranges, what its services and its CNI use, [`Local::cidrs`] and
+    /// [`Local::api_server`]; and their gateways that carry a key which this cluster's own MeshCluster names.
     pub fn new(mesh: &Mesh, objects: &Objects, local: &Local) -> (Intent, Vec<Rejection>) {
         let mut refused = Refused::default();
         let intent = view::take(mesh, objects, local, &mut refused);

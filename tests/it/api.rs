@@ -9,6 +9,7 @@ mod client;
 mod crds;
 mod export;
 mod junk;
+mod ranges;
 mod rights;
 mod slots;
 mod watches;
@@ -47,6 +48,9 @@ on_both_stores! {
     export::a_right_that_export_lacks_is_named,
     export::what_is_exported_is_taken_by_another_member,
     junk::junk_and_giants_hold_nobody_up,
+    ranges::a_cni_s_kind_that_is_forbidden_is_named,
+    ranges::a_cni_s_ranges_are_read_as_they_come,
+    ranges::services_ranges_are_nobody_else_s,
     rights::each_may_do_its_own_and_nothing_else,
     slots::an_auto_slot_is_taken_over_from_who_is_gone_whatever_the_clocks_say,
     watches::a_steady_cluster_is_not_asked_for_anything,

@@ -2,6 +2,9 @@
 //!
 //! Decided as the mesh is: in the order of names, a claim is accepted if it is well-formed and collides with nothing that
 //! an earlier one holds. So every node of the cluster reads the same out of the same documents.
+//!
+//! Where a node's pods live, its CNI says first. A Node's own ranges may be nothing to that CNI, and nobody says so: they
+//! count as well, but not where they lie across what the CNI gave another node.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,6 +16,7 @@ use ipnetwork::IpNetwork;
 use super::{
     Cluster, Kind, Member, Node, Place, Reason, Refusal, Refused,
     folder::{bad_key, slot},
+    network,
     prefix::{self, Ranges, special},
     quoted, refusal,
 };
@@ -30,10 +34,10 @@ pub(super) fn read(objects: &Objects, me: Option<&Member>, refused: &mut Refused
     if objects.nodes.is_empty() && objects.gateways.is_empty() && objects.pods.is_empty() {
         return None;
     }
-    let (nodes, held) = nodes(&objects.nodes, refused);
+    let (nodes, held) = nodes(objects, refused);
     let gateways = gateways(&objects.gateways, &nodes, me, refused);
     let pods = pods(&objects.pods, &nodes, &held, refused);
-    Some(Cluster { nodes, gateways, pods })
+    Some(Cluster { nodes, gateways, pods, pooled: !objects.ip_pools.is_empty() })
 }
 
 fn node_at(node: &v1::Node) -> Place<'_> {
@@ -48,12 +52,13 @@ struct Held {
 }
 
 /// The accepted nodes, and what they hold.
-fn nodes(objects: &[v1::Node], refused: &mut Refused) -> (BTreeMap<NodeName, Node>, Held) {
+fn nodes(objects: &Objects, refused: &mut Refused) -> (BTreeMap<NodeName, Node>, Held) {
     let mut named: BTreeMap<&str, Vec<&v1::Node>> = BTreeMap::new();
-    for object in objects {
+    for object in &objects.nodes {
         named.entry(&object.metadata.name).or_default().push(object);
     }
     let mut nodes = BTreeMap::new();
+    let mut accepted: Vec<(NodeName, &v1::Node)> = Vec::new();
     let mut held = Held::default();
     for (text, objects) in named {
         let at = Place { kind: Kind::Node, name: text };
@@ -71,10 +76,10 @@ fn nodes(objects: &[v1::Node], refused: &mut Refused) -> (BTreeMap<NodeName, Nod
             continue;
         }
         held.addresses.extend(hop.iter().map(|address| (*address, name.clone())));
-        let pods = pod_ranges(object, &held.ranges, refused);
-        pods.iter().for_each(|range| held.ranges.insert(*range, name.clone()));
-        nodes.insert(name, Node { hop, pods });
+        nodes.insert(name.clone(), Node { hop, pods: BTreeSet::new() });
+        accepted.push((name, object));
     }
+    held.ranges = pod_ranges(objects, &accepted, &mut nodes, refused);
     (nodes, held)
 }
 
@@ -116,23 +121,52 @@ fn host(text: &str) -> Result<IpAddr, Refusal> {
     }
 }
 
-fn pod_ranges(object: &v1::Node, held: &Ranges<NodeName>, refused: &mut Refused) -> BTreeSet<IpNetwork> {
-    let listed = object.spec.pod_cidrs.iter().enumerate().map(|(i, text)| (format!("spec.podCIDRs[{i}]"), text));
-    let first = Some(("spec.podCIDR".to_owned(), &object.spec.pod_cidr));
-    let first = first.filter(|(_, text)| object.spec.pod_cidrs.is_empty() && !text.is_empty());
-    let mut ranges = BTreeSet::new();
-    for (field, text) in listed.chain(first) {
-        let parsed = prefix::parse(text).and_then(|range| match held.overlapping(range) {
-            None => Ok(range),
-            Some((other, holder)) => {
-                let message =
-                    format!("{range} overlaps {other} of node {holder}: give each node pod ranges of its own");
-                Err(refusal(Reason::HeldByAnother, message))
-            }
-        });
-        ranges.extend(refused.accept(node_at(object), field, parsed));
+/// Gives the nodes their pods' ranges; returns who holds which.
+fn pod_ranges(
+    objects: &Objects,
+    accepted: &[(NodeName, &v1::Node)],
+    nodes: &mut BTreeMap<NodeName, Node>,
+    refused: &mut Refused,
+) -> Ranges<NodeName> {
+    let mut by_cni: Ranges<NodeName> = Ranges::default();
+    for given in network::given(objects) {
+        // What a node has left behind that is gone lives nowhere.
+        let Ok(name) = known(given.node, nodes) else { continue };
+        let parsed = prefix::parse(given.range).and_then(|range| free(range, &name, &by_cni));
+        if let Some(range) = refused.accept(given.at, given.field, parsed) {
+            nodes.entry(name.clone()).and_modify(|node| _ = node.pods.insert(range));
+            by_cni.insert(range, name);
+        }
     }
-    ranges
+    let mut held = by_cni.clone();
+    for (name, object) in accepted {
+        let listed = object.spec.pod_cidrs.iter().enumerate().map(|(i, text)| (format!("spec.podCIDRs[{i}]"), text));
+        let first = Some(("spec.podCIDR".to_owned(), &object.spec.pod_cidr));
+        let first = first.filter(|(_, text)| object.spec.pod_cidrs.is_empty() && !text.is_empty());
+        for (field, text) in listed.chain(first) {
+            let parsed = prefix::parse(text);
+            if parsed.as_ref().is_ok_and(|range| free(*range, name, &by_cni).is_err()) {
+                continue;
+            }
+            let parsed = parsed.and_then(|range| free(range, name, &held));
+            if let Some(range) = refused.accept(node_at(object), field, parsed) {
+                nodes.entry(name.clone()).and_modify(|node| _ = node.pods.insert(range));
+                held.insert(range, name.clone());
+            }
+        }
+    }
+    held
+}
+
+/// The range, if no other node holds any of it.
+fn free(range: IpNetwork, name: &NodeName, held: &Ranges<NodeName>) -> Result<IpNetwork, Refusal> {
+    match held.all_overlapping(range).find(|(_, holder)| holder != name) {
+        None => Ok(range),
+        Some((other, holder)) => {
+            let message = format!("{range} overlaps {other} of node {holder}: give each node pod ranges of its own");
+            Err(refusal(Reason::HeldByAnother, message))
+        }
+    }
 }
 
 /// The node of that name, if it is accepted.

@@ -109,7 +109,7 @@ pub(super) fn covers(outer: IpNetwork, inner: IpNetwork) -> bool {
 }
 
 /// Ranges and what holds each. No range here overlaps another, so a neighbour by address is the only one to look at.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Ranges<T>(BTreeMap<IpAddr, (IpNetwork, T)>);
 
 impl<T> Default for Ranges<T> {
@@ -121,11 +121,14 @@ impl<T> Default for Ranges<T> {
 impl<T> Ranges<T> {
     /// The range that overlaps this one; the lowest, if several do.
     pub(super) fn overlapping(&self, range: IpNetwork) -> Option<&(IpNetwork, T)> {
+        self.all_overlapping(range).next()
+    }
+
+    /// The ranges that overlap this one, the lowest first.
+    pub(super) fn all_overlapping(&self, range: IpNetwork) -> impl Iterator<Item = &(IpNetwork, T)> {
         let (first, last) = (range.network(), range.broadcast());
-        let before = self.0.range(..=first).next_back().map(|(_, held)| held);
-        before
-            .filter(|(held, _)| held.contains(first))
-            .or_else(|| self.0.range(first..=last).next().map(|(_, held)| held))
+        let before = self.0.range(..first).next_back().filter(|(_, (held, _))| held.contains(first));
+        before.into_iter().chain(self.0.range(first..=last)).map(|(_, held)| held)
     }
 
     /// Adds a range. Where it overlaps others, one contains the other, and only the wider stays.

@@ -9,7 +9,10 @@ use expect_test::{Expect, ExpectFile, expect, expect_file};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::*;
-use crate::api::*;
+use crate::api::{
+    network::{BlockAffinity, CiliumAllocation, CiliumNode, IpPool, ServiceCidr},
+    *,
+};
 
 const DOMAIN: &str = "mesh.internal";
 
@@ -22,7 +25,8 @@ fn key(letter: u8) -> String {
 /// `NAME ID [gwN=KEY@ENDPOINT,..] [allow=RANGE,..] [keepalive=N] [via=NAME,..] [alias=NAME,..]` is a MeshCluster.
 /// `NAME offers RANGE[=TYPE[>RANGE]].. [to=NAME,..] [as=OBJECT]` is a RouteAdvertisement.
 /// `policy NAME`, `gateway SLOT [node=NAME] [ordinal=N] [key=KEY] [hop=IP,..]`, `node NAME [ip=IP,..] [pods=RANGE,..]
-/// [pod=RANGE]` and `pod [NAMESPACE/]NAME on NODE [IP,..] [first=IP] [host] [phase=PHASE]` are what they say.
+/// [pod=RANGE]`, `services NAME RANGE,..`, `cilium NODE [RANGE,..] [pools=RANGE,..]`, `block NAME RANGE on NODE [STATE]
+/// [type=TYPE] [deleted]`, `pool NAME RANGE [disabled]` and `pod [NAMESPACE/]NAME on NODE [IP,..] [first=IP] [host] [phase=PHASE]` are what they say.
 /// `at NAME [local=RANGE,..] [api=IP]` takes that member's view.
 /// `warnings` asks for them. `␣` is a space, `∅` nothing, `{1..3}` each number in turn.
 #[derive(Default)]
@@ -55,9 +59,9 @@ fn named(name: &str) -> ObjectMeta {
 }
 
 impl Case {
-    fn read(block: &str) -> Case {
+    fn read(text: &str) -> Case {
         let mut case = Case::default();
-        for line in block.lines().filter(|line| !line.starts_with('#') && !line.starts_with("=>")) {
+        for line in text.lines().filter(|line| !line.starts_with('#') && !line.starts_with("=>")) {
             let words: Vec<&str> = line.split_whitespace().collect();
             match words[..] {
                 ["warnings"] => case.warnings = true,
@@ -75,6 +79,21 @@ impl Case {
                 ["gateway", name, ref rest @ ..] => case.objects.gateways.push(gateway(name, rest)),
                 ["node", name, ref rest @ ..] => case.objects.nodes.push(node(name, rest)),
                 ["pod", name, "on", node, ref rest @ ..] => case.objects.pods.push(pod(name, node, rest)),
+                ["services", name, ranges] => {
+                    let mut object = ServiceCidr { metadata: meta(name), ..ServiceCidr::default() };
+                    object.spec.cidrs = list(ranges);
+                    case.objects.service_cidrs.push(object);
+                }
+                ["cilium", name, ref rest @ ..] => case.objects.cilium_nodes.push(cilium(name, rest)),
+                ["block", name, range, "on", node, ref rest @ ..] => {
+                    case.objects.block_affinities.push(block(name, range, node, rest));
+                }
+                ["pool", name, range, ref rest @ ..] => {
+                    let mut object = IpPool { metadata: meta(name), ..IpPool::default() };
+                    object.spec.cidr = plain(range);
+                    object.spec.disabled = rest == ["disabled"];
+                    case.objects.ip_pools.push(object);
+                }
                 ["at", name, ref rest @ ..] => case.views.push(local(name, rest)),
                 [name, "offers", ref rest @ ..] => case.advertisement(name, rest),
                 [name, id, ref rest @ ..] => case.cluster(name, id, rest),
@@ -195,6 +214,42 @@ fn node(name: &str, words: &[&str]) -> v1::Node {
     node
 }
 
+fn meta(name: &str) -> v1::Metadata {
+    v1::Metadata { name: plain(name), ..v1::Metadata::default() }
+}
+
+fn cilium(name: &str, words: &[&str]) -> CiliumNode {
+    let mut object = CiliumNode { metadata: meta(name), ..CiliumNode::default() };
+    for word in words {
+        match word.split_once('=') {
+            Some(("pools", ranges)) => {
+                let one = |range| CiliumAllocation { cidrs: vec![range] };
+                object.spec.ipam.pools.allocated = list(ranges).into_iter().map(one).collect();
+            }
+            None => object.spec.ipam.pod_cidrs = list(word),
+            Some(_) => panic!("what is {word:?}?"),
+        }
+    }
+    object
+}
+
+fn block(name: &str, range: &str, node: &str, words: &[&str]) -> BlockAffinity {
+    let mut object = BlockAffinity { metadata: meta(name), ..BlockAffinity::default() };
+    object.spec.cidr = plain(range);
+    object.spec.node = plain(node);
+    object.spec.state = "confirmed".to_owned();
+    object.spec.deleted = "false".to_owned();
+    for word in words {
+        match word.split_once('=') {
+            Some(("type", kind)) => object.spec.kind = kind.to_owned(),
+            None if *word == "deleted" => object.spec.deleted = "true".to_owned(),
+            None => object.spec.state = (*word).to_owned(),
+            Some(_) => panic!("what is {word:?}?"),
+        }
+    }
+    object
+}
+
 fn pod(name: &str, node: &str, words: &[&str]) -> v1::Pod {
     let (namespace, name) = name.split_once('/').unwrap_or(("", name));
     let metadata = v1::Metadata { name: plain(name), namespace: namespace.to_owned(), ..v1::Metadata::default() };
@@ -223,6 +278,9 @@ fn write_cluster(text: &mut String, intent: &Intent) {
         let pods: String = node.pods.iter().map(|range| format!(" {range}")).collect();
         let slot = cluster.slot_of(name).map_or(String::new(), |slot| format!(" slot {slot}"));
         writeln!(text, "{at} node {name}{slot} {}{pods}", hop.join(",")).expect("a string");
+    }
+    if cluster.pooled {
+        writeln!(text, "{at} pods in pools").expect("a string");
     }
     for (address, node) in &cluster.pods {
         writeln!(text, "{at} pod {address} on {node}").expect("a string");
@@ -308,6 +366,7 @@ cases! {
     conflicts: 17,
     view: 23,
     cluster: 24,
+    network: 16,
     warned: 6,
 }
 
@@ -322,6 +381,7 @@ fn every_reason_has_a_case() {
         include_str!("cases/view.txt"),
         include_str!("cases/conflicts.txt"),
         include_str!("cases/cluster.txt"),
+        include_str!("cases/network.txt"),
         // Some reasons are the planner's to give.
         include_str!("../plan/tests.rs"),
     ];

@@ -7,6 +7,7 @@ use ipnetwork::IpNetwork;
 use super::{
     Cluster, Intent, Local, Member, Mesh, Reason, Refusal, Refused, cluster,
     folder::{advertisement_at, cluster_at, supported},
+    network,
     prefix::{self, Ranges},
     refusal,
 };
@@ -20,7 +21,7 @@ pub(super) fn take(mesh: &Mesh, objects: &Objects, local: &Local, refused: &mut 
     let me = &local.cluster;
     let mut members = offered(mesh, me);
     let cluster = cluster::read(objects, members.get(me), refused);
-    let own = own_ranges(objects, local, cluster.as_ref());
+    let own = own_ranges(objects, local, cluster.as_ref(), refused);
     for (name, range) in colliding_ranges(&members, objects, local, &own, refused) {
         members.get_mut(&name).and_then(|member| member.routes.remove(&range));
     }
@@ -43,13 +44,13 @@ fn offered(mesh: &Mesh, me: &MemberName) -> BTreeMap<MemberName, Member> {
 
 /// What this cluster uses itself, and how it is known. A range that it advertises and cannot offer (another holds it, it
 /// is a Service's) counts; one outside its own allowedCIDRs is a mistake, and must cost nobody else a route.
-fn own_ranges(objects: &Objects, local: &Local, cluster: Option<&Cluster>) -> Ranges<String> {
+fn own_ranges(objects: &Objects, local: &Local, cluster: Option<&Cluster>, refused: &mut Refused) -> Ranges<String> {
     // All that bear its name: two are refused both, and neither comes first.
     let mine: Vec<_> = objects.clusters.iter().filter(|c| cluster_at(c).name == local.cluster.as_str()).collect();
     let allowed: Vec<IpNetwork> = mine.iter().flat_map(|cluster| allowed(cluster)).collect();
     // Before it is a member nothing bounds it.
     let may_have = |range: &IpNetwork| mine.is_empty() || allowed.iter().any(|outer| prefix::covers(*outer, *range));
-    let mut own: BTreeSet<(IpNetwork, String)> = BTreeSet::new();
+    let mut own = network::used(objects, refused);
     for advertisement in of(objects, &local.cluster) {
         let known = format!("RouteAdvertisement {}", advertisement_at(advertisement).name.escape_debug());
         let routes = advertisement.spec.routes.iter().take(limits::ROUTES);
@@ -57,9 +58,14 @@ fn own_ranges(objects: &Objects, local: &Local, cluster: Option<&Cluster>) -> Ra
         own.extend(ranges.map(|range| (range, known.clone())));
     }
     own.extend(local.cidrs.iter().map(|range| (*range, "--local-cidr".to_owned())));
+    let given: BTreeSet<&str> = network::given(objects).iter().map(|given| given.node).collect();
     for (name, node) in cluster.iter().flat_map(|cluster| &cluster.nodes) {
-        let addresses = node.hop.iter().map(|address| IpNetwork::from(*address));
-        own.extend(node.pods.iter().copied().chain(addresses).map(|range| (range, format!("Node {name}"))));
+        let known = || format!("Node {name}");
+        own.extend(node.hop.iter().map(|address| (IpNetwork::from(*address), known())));
+        // Where the CNI says what it uses, a range that Kubernetes gave the node as well may be nobody's.
+        if !given.contains(name.as_str()) && !cluster.is_some_and(|cluster| cluster.pooled) {
+            own.extend(node.pods.iter().map(|range| (*range, known())));
+        }
     }
     let mut ranges = Ranges::default();
     for (range, known) in own {

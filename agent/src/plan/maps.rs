@@ -113,6 +113,12 @@ fn homes(here: Here<'_>) -> BTreeMap<IpNetwork, Home> {
         .iter()
         .filter_map(|(address, name)| cluster.nodes.get(name).map(|node| single(*address, home(name, node))));
     homes.extend(pods);
+    // A worker is not told which blocks of a pool are its own. Its gateways are, and it takes packets from nobody else.
+    if cluster.pooled && here.slot.is_none() {
+        for range in here.member.routes.keys() {
+            homes.entry(*range).or_insert(Home::Here);
+        }
+    }
     homes
 }
 

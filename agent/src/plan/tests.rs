@@ -20,7 +20,7 @@ use crate::{
 /// address[,address] [pod range]...`, and `pod address node`.
 fn intent(text: &str) -> Intent {
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let tells = |line: &&&str| line.starts_with("node ") || line.starts_with("pod ");
+    let tells = |line: &&&str| line.starts_with("node ") || line.starts_with("pod ") || **line == "pools";
     let members: Vec<(MemberName, Member)> =
         (0..).zip(lines.iter().filter(|line| !tells(line))).map(|(n, line)| member(n, line)).collect();
     let nodes: Vec<&str> = lines.iter().filter(tells).copied().collect();
@@ -45,6 +45,7 @@ fn cluster(lines: &[&str]) -> Cluster {
             ["pod", address, node] => {
                 cluster.pods.insert(address.parse().expect("an address"), node.parse().expect("a node's name"));
             }
+            ["pools"] => cluster.pooled = true,
             _ => panic!("what is {line:?}?"),
         }
     }
@@ -592,6 +593,36 @@ fn a_gateway_among_other_nodes() {
         ip route replace fd77:8bad:2517:2::/64 dev carrick-hop mtu 1420 src fd77:8bad:2517:1::2 table 7473
     "#]],
     );
+}
+
+/// Of a CNI's pools a gateway is told who has which block; a worker takes from it what the cluster offers.
+#[test]
+fn pods_in_pools() {
+    let homes = |world: &str, node: &str| {
+        let keys: &[u8] = if node == "n1" { &[0] } else { &[] };
+        let (state, _) = plan(&intent(world), &at(node, keys));
+        let homes = state.maps.expect("a node of the mesh").homes;
+        let v4 = homes.into_iter().filter(|(prefix, _)| prefix.is_ipv4());
+        v4.map(|(prefix, home)| format!("{node}: {prefix} {home:?}\n")).collect::<String>()
+    };
+    let world = "
+        mn 1 gw0 10.42.0.0/16 10.43.0.0/24
+        va 2 gw0@192.0.2.9:27473 10.44.0.0/16
+        node n1=0 192.0.2.1 10.42.1.0/26
+        node n2 192.0.2.2
+        node n3 192.0.2.3 10.43.0.0/24
+        pools
+    ";
+    expect![[r#"
+        n1: 10.42.1.0/26 Here
+        n1: 10.43.0.0/24 Node(192.0.2.3)
+        n2: 10.42.0.0/16 Here
+        n2: 10.42.1.0/26 Node(192.0.2.1)
+        n2: 10.43.0.0/24 Node(192.0.2.3)
+    "#]]
+    .assert_eq(&(homes(world, "n1") + &homes(world, "n2")));
+    let known = world.replace("pools", "");
+    assert_eq!(homes(&known, "n1"), homes(world, "n1"));
 }
 
 /// Its source is an address that lives on it, in a range that is offered.

@@ -216,6 +216,10 @@ fn merge(known: &BTreeMap<PathBuf, Known>) -> (Objects, Vec<Problem>) {
                 Object::Gateway(object) => objects.gateways.push(object),
                 Object::Node(object) => objects.nodes.push(object),
                 Object::Pod(object) => objects.pods.push(object),
+                Object::ServiceCidr(object) => objects.service_cidrs.push(object),
+                Object::CiliumNode(object) => objects.cilium_nodes.push(object),
+                Object::BlockAffinity(object) => objects.block_affinities.push(object),
+                Object::IpPool(object) => objects.ip_pools.push(object),
             }
         }
     }
@@ -225,6 +229,10 @@ fn merge(known: &BTreeMap<PathBuf, Known>) -> (Objects, Vec<Problem>) {
     objects.gateways.sort_by_key(ResourceExt::name_any);
     objects.nodes.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
     objects.pods.sort_by_key(v1::Pod::full_name);
+    objects.service_cidrs.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
+    objects.cilium_nodes.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
+    objects.block_affinities.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
+    objects.ip_pools.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
     (objects, problems)
 }
 
@@ -457,7 +465,7 @@ mod tests {
             incomplete
             MeshCluster/a 1
             MeshCluster/b 2
-            b.yaml:6 (document 2): kind: "Mesh" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod: take it out of the folder (what it said before stays in force)
+            b.yaml:6 (document 2): kind: "Mesh" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod, ServiceCIDR, CiliumNode, BlockAffinity, IPPool: take it out of the folder (what it said before stays in force)
             c.yaml:1 (document 1): is not YAML: unclosed bracket '['
         "#]]);
 

@@ -1,7 +1,8 @@
 //! The objects of an API server, as snapshots: [`follow`] and [`read`].
 //!
 //! One task for each kind ([`mod@watch`]) tells what the API server says; one task hears them all ([`View`], pure) and
-//! publishes. A worker watches its own Node only, a gateway every Node: for as long as the label on its own says so.
+//! publishes. A worker watches its own Node only, and what Cilium says of it; a gateway every Node, and what the CNI says of
+//! each: for as long as the label on its own says so.
 //!
 //! Invariant: an API server that is away, refuses, starts anew or loses its CRDs takes nothing from the snapshot.
 
@@ -16,7 +17,7 @@ use std::{ffi::OsString, panic::resume_unwind, path::PathBuf, time::Duration};
 
 use kube::{
     Api, Client,
-    core::{ApiResource, DeserializeGuard},
+    core::{ApiResource, DeserializeGuard, NotUsed, Object},
     runtime::watcher,
 };
 use tokio::{
@@ -24,7 +25,7 @@ use tokio::{
         mpsc,
         watch::{Receiver, Sender, channel},
     },
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
     time::{Instant, sleep_until, timeout_at},
 };
 
@@ -35,11 +36,14 @@ pub use self::{
 use self::{
     keeper::Keeper,
     view::{Told, View},
-    watch::{Kind, Watch},
+    watch::{Crd, Kind, Watch},
 };
 use super::{Followed, NotSynced, ReadError, Snapshot, publish};
 use crate::{
-    api::{EgressPolicy, MeshCluster, MeshGateway, RouteAdvertisement},
+    api::{
+        EgressPolicy, MeshCluster, MeshGateway, RouteAdvertisement,
+        network::{BlockAffinitySpec, CiliumNodeSpec, IpPoolSpec, ServiceCidrSpec},
+    },
     names::NodeName,
 };
 
@@ -105,7 +109,7 @@ pub(super) async fn read(server: &Server) -> Result<Snapshot, ReadError> {
     let mut watches = Watches::new(client);
     let began = Instant::now();
     loop {
-        watches.follow_nodes(&mut view);
+        watches.follow(&mut view);
         let patience = match (view.is_settled(), view.snapshot()) {
             (true, Ok(snapshot)) => return Ok(snapshot),
             (true, Err(_)) => SECOND_TRY,
@@ -126,7 +130,7 @@ async fn run(view: &mut View, watches: &mut Watches, keeper: &mut Keeper, sender
     let began = Instant::now();
     let (mut settled, mut changed) = (false, true);
     loop {
-        changed |= watches.follow_nodes(view);
+        changed |= watches.follow(view);
         settled |= view.is_settled() || (view.recalls() && began.elapsed() >= RECALL);
         if settled && std::mem::take(&mut changed) {
             let mut snapshot = view.snapshot();
@@ -161,8 +165,9 @@ struct Watches {
     told: mpsc::Receiver<Told>,
     tasks: JoinSet<()>,
     own_node: bool,
-    nodes: Option<tokio::task::AbortHandle>,
-    /// Of watches of all Nodes, so that what an ended one told last is not taken for a later one's.
+    /// Of what is of nodes: whether of all of them.
+    of_nodes: Option<(bool, Vec<AbortHandle>)>,
+    /// Of these, so that what an ended one told last is not taken for a later one's.
     generation: u64,
 }
 
@@ -170,43 +175,49 @@ impl Watches {
     fn new(client: Client) -> Watches {
         let (tell, told) = mpsc::channel(UNHEARD);
         let mut tasks = JoinSet::new();
-        let ours = |plural| Kind::Ours { plural, client: client.clone() };
-        let all = watcher::Config::default;
-        tasks.spawn(watch::<MeshCluster>(&client, ours("meshclusters"), all()).run(tell.clone(), Told::Clusters));
-        tasks.spawn(
-            watch::<RouteAdvertisement>(&client, ours("routeadvertisements"), all())
-                .run(tell.clone(), Told::Advertisements),
-        );
-        tasks.spawn(watch::<EgressPolicy>(&client, ours("egresspolicies"), all()).run(tell.clone(), Told::Policies));
-        tasks.spawn(watch::<MeshGateway>(&client, ours("meshgateways"), all()).run(tell.clone(), Told::Gateways));
-        Watches { client, tell, told, tasks, own_node: false, nodes: None, generation: 0 }
+        tasks.spawn(ours::<MeshCluster>(&client, "meshclusters").run(tell.clone(), Told::Clusters));
+        tasks.spawn(ours::<RouteAdvertisement>(&client, "routeadvertisements").run(tell.clone(), Told::Advertisements));
+        tasks.spawn(ours::<EgressPolicy>(&client, "egresspolicies").run(tell.clone(), Told::Policies));
+        tasks.spawn(ours::<MeshGateway>(&client, "meshgateways").run(tell.clone(), Told::Gateways));
+        let services = theirs::<ServiceCidrSpec>(&client, &SERVICE_CIDRS, watcher::Config::default());
+        tasks.spawn(services.run(tell.clone(), Told::ServiceCidrs));
+        let pools = theirs::<IpPoolSpec>(&client, &IP_POOLS, watcher::Config::default());
+        tasks.spawn(pools.run(tell.clone(), Told::IpPools));
+        Watches { client, tell, told, tasks, own_node: false, of_nodes: None, generation: 0 }
     }
 
-    /// Begins and ends the watches of Nodes, as the view needs them. Returns whether the view is another.
-    fn follow_nodes(&mut self, view: &mut View) -> bool {
+    /// Begins and ends the watches of what is of nodes, as the view needs them. Returns whether the view is another.
+    fn follow(&mut self, view: &mut View) -> bool {
+        let own = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
         if let (false, Some(name)) = (self.own_node, view.me()) {
             self.own_node = true;
-            let own = watcher::Config::default().fields(&format!("metadata.name={name}"));
-            self.tasks.spawn(nodes(&self.client, own).run(self.tell.clone(), Told::OwnNode));
+            self.tasks.spawn(nodes(&self.client, own(name)).run(self.tell.clone(), Told::OwnNode));
         }
-        match (&self.nodes, view.wants_nodes()) {
-            (None, true) => {
-                self.generation += 1;
-                let generation = self.generation;
-                let all = nodes(&self.client, watcher::Config::default());
-                let told = move |heard| Told::Nodes(generation, heard);
-                self.nodes = Some(self.tasks.spawn(all.run(self.tell.clone(), told)));
-                view.begin_nodes(generation);
-                true
-            }
-            (Some(task), false) => {
-                task.abort();
-                self.nodes = None;
-                view.end_nodes();
-                true
-            }
-            _ => false,
+        let all = view.wants_nodes();
+        if !view.knows_itself() || self.of_nodes.as_ref().is_some_and(|(before, _)| *before == all) {
+            return false;
         }
+        for task in self.of_nodes.take().into_iter().flat_map(|(_, tasks)| tasks) {
+            task.abort();
+        }
+        self.generation += 1;
+        let (generation, client) = (self.generation, self.client.clone());
+        let scope = || view.me().filter(|_| !all).map_or_else(watcher::Config::default, own);
+        let cilium = theirs::<CiliumNodeSpec>(&client, &CILIUM_NODES, scope());
+        let told = move |heard| Told::CiliumNodes(generation, heard);
+        let mut tasks = vec![self.tasks.spawn(cilium.run(self.tell.clone(), told))];
+        if all {
+            let told = move |heard| Told::Nodes(generation, heard);
+            tasks.push(self.tasks.spawn(nodes(&client, scope()).run(self.tell.clone(), told)));
+        }
+        if view.wants_blocks() {
+            let calico = theirs::<BlockAffinitySpec>(&client, &BLOCK_AFFINITIES, scope());
+            let told = move |heard| Told::BlockAffinities(generation, heard);
+            tasks.push(self.tasks.spawn(calico.run(self.tell.clone(), told)));
+        }
+        self.of_nodes = Some((all, tasks));
+        view.begin(generation);
+        true
     }
 
     async fn next(&mut self) -> Told {
@@ -225,24 +236,71 @@ impl Watches {
     }
 }
 
-fn watch<K>(client: &Client, kind: Kind, config: watcher::Config) -> Watch<K>
+fn ours<K>(client: &Client, plural: &'static str) -> Watch<K>
 where
     K: kube::Resource<DynamicType = ()>,
 {
-    Watch { api: Api::<DeserializeGuard<K>>::all(client.clone()), kind, config }
+    let crd = Some(Crd { group: "carrick.dev", client: client.clone() });
+    let kind = Kind { plural, crd, optional: false };
+    Watch { api: Api::<DeserializeGuard<K>>::all(client.clone()), kind, config: watcher::Config::default() }
 }
 
 fn nodes(client: &Client, config: watcher::Config) -> Watch<prune::KubeNode> {
-    Watch { api: Api::all_with(client.clone(), &node()), kind: Kind::Kubernetes { plural: "nodes" }, config }
+    let kind = Kind { plural: "nodes", crd: None, optional: false };
+    Watch { api: Api::all_with(client.clone(), &NODES.resource()), kind, config }
 }
 
-fn node() -> ApiResource {
-    ApiResource {
-        group: String::new(),
-        version: "v1".to_owned(),
-        api_version: "v1".to_owned(),
-        kind: "Node".to_owned(),
-        plural: "nodes".to_owned(),
+/// A kind that the API server may not have.
+fn theirs<Spec>(client: &Client, foreign: &Foreign, config: watcher::Config) -> Watch<Object<Spec, NotUsed>>
+where
+    Spec: Clone,
+{
+    let crd = foreign.is_custom.then(|| Crd { group: foreign.group, client: client.clone() });
+    let kind = Kind { plural: foreign.plural, crd, optional: true };
+    Watch { api: Api::all_with(client.clone(), &foreign.resource()), kind, config }
+}
+
+/// A kind of somebody else's.
+struct Foreign {
+    group: &'static str,
+    version: &'static str,
+    kind: &'static str,
+    plural: &'static str,
+    /// By a CRD.
+    is_custom: bool,
+}
+
+const NODES: Foreign = Foreign { group: "", version: "v1", kind: "Node", plural: "nodes", is_custom: false };
+const SERVICE_CIDRS: Foreign = Foreign {
+    group: "networking.k8s.io",
+    version: "v1",
+    kind: "ServiceCIDR",
+    plural: "servicecidrs",
+    is_custom: false,
+};
+const CILIUM_NODES: Foreign =
+    Foreign { group: "cilium.io", version: "v2", kind: "CiliumNode", plural: "ciliumnodes", is_custom: true };
+const BLOCK_AFFINITIES: Foreign = Foreign {
+    group: "crd.projectcalico.org",
+    version: "v1",
+    kind: "BlockAffinity",
+    plural: "blockaffinities",
+    is_custom: true,
+};
+const IP_POOLS: Foreign =
+    Foreign { group: "crd.projectcalico.org", version: "v1", kind: "IPPool", plural: "ippools", is_custom: true };
+
+impl Foreign {
+    fn resource(&self) -> ApiResource {
+        let Foreign { group, version, .. } = self;
+        let api_version = if group.is_empty() { (*version).to_owned() } else { format!("{group}/{version}") };
+        ApiResource {
+            group: (*group).to_owned(),
+            version: (*version).to_owned(),
+            api_version,
+            kind: self.kind.to_owned(),
+            plural: self.plural.to_owned(),
+        }
     }
 }
 

@@ -10,16 +10,28 @@ use super::{
     strict,
     yaml::{self, Flaw, Node, Value, document_at, shown},
 };
-use crate::api::{EgressPolicy, MeshCluster, MeshGateway, RouteAdvertisement, v1};
+use crate::api::{
+    EgressPolicy, MeshCluster, MeshGateway, RouteAdvertisement,
+    network::{BlockAffinity, CiliumNode, IpPool, ServiceCidr},
+    v1,
+};
 
-/// What each document of ours says it is.
-const API_VERSION: &str = "carrick.dev/v1alpha1";
+/// The kinds that are read, and the apiVersion that each document of them has.
+const KINDS: [(&str, &str); 10] = [
+    ("MeshCluster", "carrick.dev/v1alpha1"),
+    ("RouteAdvertisement", "carrick.dev/v1alpha1"),
+    ("EgressPolicy", "carrick.dev/v1alpha1"),
+    ("MeshGateway", "carrick.dev/v1alpha1"),
+    ("Node", "v1"),
+    ("Pod", "v1"),
+    ("ServiceCIDR", "networking.k8s.io/v1"),
+    ("CiliumNode", "cilium.io/v2"),
+    ("BlockAffinity", "crd.projectcalico.org/v1"),
+    ("IPPool", "crd.projectcalico.org/v1"),
+];
 
-/// The kinds that are read.
-const KINDS: [&str; 6] = ["MeshCluster", "RouteAdvertisement", "EgressPolicy", "MeshGateway", "Node", "Pod"];
-
-/// Kinds of Kubernetes and its CNIs that a member's own folder will hold.
-const FORESEEN: [&str; 3] = ["Service", "EndpointSlice", "CiliumNode"];
+/// Kinds of Kubernetes that a member's own folder will hold.
+const FORESEEN: [&str; 2] = ["Service", "EndpointSlice"];
 
 /// Flaws reported of one file; one broken template must not fill a log.
 const MAX_FLAWS: usize = 20;
@@ -40,6 +52,10 @@ pub(super) enum Object {
     Gateway(MeshGateway),
     Node(v1::Node),
     Pod(v1::Pod),
+    ServiceCidr(ServiceCidr),
+    CiliumNode(CiliumNode),
+    BlockAffinity(BlockAffinity),
+    IpPool(IpPool),
 }
 
 impl Object {
@@ -51,6 +67,10 @@ impl Object {
             Object::Gateway(_) => "MeshGateway",
             Object::Node(_) => "Node",
             Object::Pod(_) => "Pod",
+            Object::ServiceCidr(_) => "ServiceCIDR",
+            Object::CiliumNode(_) => "CiliumNode",
+            Object::BlockAffinity(_) => "BlockAffinity",
+            Object::IpPool(_) => "IPPool",
         }
     }
 
@@ -63,6 +83,10 @@ impl Object {
             Object::Gateway(object) => object.name_any(),
             Object::Node(object) => object.metadata.name.clone(),
             Object::Pod(object) => object.full_name(),
+            Object::ServiceCidr(object) => object.metadata.name.clone(),
+            Object::CiliumNode(object) => object.metadata.name.clone(),
+            Object::BlockAffinity(object) => object.metadata.name.clone(),
+            Object::IpPool(object) => object.metadata.name.clone(),
         }
     }
 }
@@ -128,7 +152,11 @@ fn read(node: &Node) -> Result<Object, Vec<Flaw>> {
         "EgressPolicy" => typed(node).map(Object::Policy),
         "MeshGateway" => typed(node).map(Object::Gateway),
         "Node" => strict::part(node).map(Object::Node),
-        _ => strict::part(node).map(Object::Pod),
+        "Pod" => strict::part(node).map(Object::Pod),
+        "ServiceCIDR" => strict::part(node).map(Object::ServiceCidr),
+        "CiliumNode" => strict::part(node).map(Object::CiliumNode),
+        "BlockAffinity" => strict::part(node).map(Object::BlockAffinity),
+        _ => strict::part(node).map(Object::IpPool),
     }
 }
 
@@ -141,14 +169,14 @@ fn kind(node: &Node) -> Result<&'static str, Flaw> {
     if !matches!(node.value, Value::Map(_)) {
         return Err(Flaw::at(node.line, "is not an object: a mapping with apiVersion, kind, metadata and spec"));
     }
+    let names = KINDS.map(|(name, _)| name);
     let line_of = |field| node.value.get(field).map_or(node.line, |value| value.line);
     let Some(given) = text(node, "kind") else {
-        return Err(Flaw::at(line_of("kind"), format!("kind: is missing: one of {}", KINDS.join(", "))));
+        return Err(Flaw::at(line_of("kind"), format!("kind: is missing: one of {}", names.join(", "))));
     };
-    if let Some(kind) = KINDS.iter().find(|kind| **kind == given) {
-        let wanted = version_of(kind);
+    if let Some((kind, wanted)) = KINDS.iter().find(|(kind, _)| *kind == given) {
         return match text(node, "apiVersion") {
-            Some(version) if version == wanted => Ok(kind),
+            Some(version) if version == *wanted => Ok(kind),
             Some(other) => Err(Flaw::at(
                 line_of("apiVersion"),
                 format!("apiVersion: {kind} is of {wanted}, not of {}", shown(other)),
@@ -156,17 +184,12 @@ fn kind(node: &Node) -> Result<&'static str, Flaw> {
             None => Err(Flaw::at(line_of("apiVersion"), format!("apiVersion: is missing: {wanted}"))),
         };
     }
-    let message = match strict::nearest(given, &KINDS) {
+    let message = match strict::nearest(given, &names) {
         _ if FORESEEN.contains(&given) => format!("kind: {given} is not supported yet: take it out of the folder"),
         Some(near) => format!("kind: {} is unknown, did you mean {near:?}?", shown(given)),
-        None => format!("kind: {} is none of {}: take it out of the folder", shown(given), KINDS.join(", ")),
+        None => format!("kind: {} is none of {}: take it out of the folder", shown(given), names.join(", ")),
     };
     Err(Flaw::at(line_of("kind"), message))
-}
-
-/// The version of one of [`KINDS`].
-fn version_of(kind: &str) -> &'static str {
-    if matches!(kind, "Node" | "Pod") { "v1" } else { API_VERSION }
 }
 
 /// Every object has a name, and every kind but Pod is cluster-scoped.
@@ -363,6 +386,101 @@ kind: List
 metadata:
   resourceVersion: ""
 "#;
+
+    /// `kubectl get servicecidrs,ciliumnodes,blockaffinities,ippools -o yaml`, shortened where it only repeats itself.
+    const NETWORK: &str = r#"apiVersion: v1
+items:
+- apiVersion: networking.k8s.io/v1
+  kind: ServiceCIDR
+  metadata:
+    creationTimestamp: "2026-01-02T03:04:05Z"
+    finalizers: [networking.k8s.io/service-cidr-finalizer]
+    name: kubernetes
+  spec:
+    cidrs:
+    - 10.96.0.0/12
+  status:
+    conditions:
+    - {type: Ready, status: "True", message: Kubernetes Service CIDR is ready, reason: ""}
+- apiVersion: cilium.io/v2
+  kind: CiliumNode
+  metadata:
+    labels: {kubernetes.io/hostname: n1}
+    name: n1
+    ownerReferences: [{apiVersion: v1, kind: Node, name: n1, uid: 00000000-0000-0000-0000-000000000000}]
+  spec:
+    addresses: [{ip: 192.0.2.1, type: InternalIP}, {ip: 10.0.1.214, type: CiliumInternalIP}]
+    alibaba-cloud: {}
+    azure: {}
+    bootid: 00000000-0000-0000-0000-000000000000
+    encryption: {}
+    eni: {}
+    health: {ipv4: 10.0.1.89}
+    ipam:
+      podCIDRs: [10.0.1.0/24]
+      pools: {allocated: null}
+  status:
+    ipam: {operator-status: {}}
+- apiVersion: crd.projectcalico.org/v1
+  kind: BlockAffinity
+  metadata:
+    annotations: {projectcalico.org/metadata: '{"creationTimestamp":null}'}
+    name: n1-10-42-0-64-26
+  spec:
+    cidr: 10.42.0.64/26
+    deleted: "false"
+    node: n1
+    state: confirmed
+- apiVersion: crd.projectcalico.org/v1
+  kind: IPPool
+  metadata: {name: default-ipv4-ippool}
+  spec:
+    allowedUses: [Workload, Tunnel]
+    blockSize: 26
+    cidr: 10.42.0.0/16
+    ipipMode: Always
+    natOutgoing: true
+    nodeSelector: all()
+    vxlanMode: Never
+kind: List
+"#;
+
+    #[test]
+    fn a_network_s_objects_as_kubectl_prints_them() {
+        check(
+            NETWORK,
+            expect![[r#"
+                3 ServiceCIDR/kubernetes
+                15 CiliumNode/n1
+                34 BlockAffinity/n1-10-42-0-64-26
+                44 IPPool/default-ipv4-ippool
+            "#]],
+        );
+        let objects: Vec<_> = parse(NETWORK.as_bytes()).unwrap().into_iter().map(|item| item.object).collect();
+        let [
+            Object::ServiceCidr(services),
+            Object::CiliumNode(node),
+            Object::BlockAffinity(block),
+            Object::IpPool(pool),
+        ] = &objects[..]
+        else {
+            panic!("{objects:?}")
+        };
+        assert_eq!(services.spec.cidrs, ["10.96.0.0/12"]);
+        assert_eq!(
+            (&*node.spec.ipam.pod_cidrs, node.spec.ipam.pools.allocated.len()),
+            (&["10.0.1.0/24".to_owned()][..], 0)
+        );
+        let spec = &block.spec;
+        assert_eq!([&spec.cidr, &spec.node, &spec.state, &spec.deleted], ["10.42.0.64/26", "n1", "confirmed", "false"]);
+        assert_eq!((&*pool.spec.cidr, pool.spec.disabled), ("10.42.0.0/16", false));
+        check(
+            "apiVersion: projectcalico.org/v3\nkind: IPPool\nmetadata: {name: p}\n",
+            expect![[r#"
+                line 1 (1): apiVersion: IPPool is of crd.projectcalico.org/v1, not of "projectcalico.org/v3"
+            "#]],
+        );
+    }
 
     #[test]
     fn nodes_and_pods_as_kubectl_prints_them() {
@@ -576,12 +694,12 @@ metadata:
             expect![[r#"
                 line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
                 line 1 (1): is not an object: a mapping with apiVersion, kind, metadata and spec
-                line 1 (1): kind: is missing: one of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod
+                line 1 (1): kind: is missing: one of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod, ServiceCIDR, CiliumNode, BlockAffinity, IPPool
                 line 1 (1): apiVersion: is missing: carrick.dev/v1alpha1
                 line 2 (1): apiVersion: MeshCluster is of carrick.dev/v1alpha1, not of "carrick.dev/v1"
                 line 1 (1): kind: "MeshClutser" is unknown, did you mean "MeshCluster"?
-                line 1 (1): kind: "Deployment" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod: take it out of the folder
-                line 1 (1): kind: (not shown) is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod: take it out of the folder
+                line 1 (1): kind: "Deployment" is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod, ServiceCIDR, CiliumNode, BlockAffinity, IPPool: take it out of the folder
+                line 1 (1): kind: (not shown) is none of MeshCluster, RouteAdvertisement, EgressPolicy, MeshGateway, Node, Pod, ServiceCIDR, CiliumNode, BlockAffinity, IPPool: take it out of the folder
                 line 1 (1): kind: Service is not supported yet: take it out of the folder
                 line 1 (1): metadata.name: is missing
                 line 1 (1): metadata.name: is missing

@@ -17,7 +17,7 @@ const NO_MESH: &str = "MeshClusters: there is none, nor has there been one since
                        mesh's manifests; a node that is to leave it, `carrick cleanup` clears";
 const FILLING: &str = "MeshClusters: there was none at this start: nothing is taken away until what is applied now has not \
                        changed for 30 s";
-const CRDS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+pub(crate) const CRDS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
 fn check(world: &World, node: usize, wanted: &Expect) -> Result<()> {
     wanted.assert_eq(&world.routes(node)?);

@@ -45,6 +45,7 @@ const LAWS: &[Law] = &[
     rights::of_workers_are_to_read,
     rights::to_secrets_are_by_name,
     rights::to_slots_objects_are_by_name,
+    rights::to_others_kinds_are_to_read,
     rights::are_bound_to_what_is_there,
     rollout::replaces_before_it_adds,
     rollout::of_gateways_is_slot_by_slot,

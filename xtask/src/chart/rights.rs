@@ -83,6 +83,22 @@ pub(super) fn to_slots_objects_are_by_name(rendering: &Rendering<'_>) -> Vec<Str
     found.map(|(role, rule)| format!("{}: {rule} is more than slots' objects", name(role))).collect()
 }
 
+/// Of Kubernetes' and of network plugins only these kinds are looked at, and of CRDs only named ones.
+pub(super) fn to_others_kinds_are_to_read(rendering: &Rendering<'_>) -> Vec<String> {
+    const READABLE: [&str; 5] = ["nodes", "servicecidrs", "ciliumnodes", "ippools", "blockaffinities"];
+    let fits = |rule: &Value| {
+        let only_reads = texts(&rule["verbs"]).iter().all(|verb| READ.contains(verb));
+        let known = |resource: &&str| {
+            READABLE.contains(resource)
+                || (*resource == "customresourcedefinitions" && !texts(&rule["resourceNames"]).is_empty())
+        };
+        only_reads && texts(&rule["resources"]).iter().all(known)
+    };
+    let cluster_wide = rules(rendering).filter(|(role, _)| role["kind"] == "ClusterRole");
+    let found = cluster_wide.filter(|(_, rule)| texts(&rule["apiGroups"]) != ["carrick.dev"] && !fits(rule));
+    found.map(|(role, rule)| format!("{}: {rule} is more than where pods and services are", name(role))).collect()
+}
+
 /// Roles to accounts, and pods to accounts.
 pub(super) fn are_bound_to_what_is_there(rendering: &Rendering<'_>) -> Vec<String> {
     let account = |named: &Value, namespace: &Value| {
@@ -208,6 +224,37 @@ mod tests {
         }
         let everywhere = r#"ClusterRole ns/r: {"resources":["leases"],"verbs":["list"]} is more than slots' objects"#;
         check(law, &role("ClusterRole", &rule("", "leases", "list")), &[everywhere]);
+    }
+
+    #[test]
+    fn what_is_others_is_only_read_and_crds_by_name() {
+        let law = to_others_kinds_are_to_read;
+        let crds = "apiGroups: [apiextensions.k8s.io], resources: [customresourcedefinitions], verbs: [watch]";
+        for good in [
+            "{apiGroups: [''], resources: [nodes], verbs: [get, watch]}".to_owned(),
+            "{apiGroups: [crd.projectcalico.org], resources: [ippools, blockaffinities], verbs: [list]}".to_owned(),
+            "{apiGroups: [carrick.dev], resources: [meshgateways], verbs: [patch]}".to_owned(),
+            format!("{{resourceNames: [a.b], {crds}}}"),
+        ] {
+            check(law, &role("ClusterRole", &good), &[]);
+        }
+        for (rule, shown) in [
+            (
+                "{apiGroups: [''], resources: [pods], verbs: [get]}",
+                r#"{"apiGroups":[""],"resources":["pods"],"verbs":["get"]}"#,
+            ),
+            (
+                "{apiGroups: [cilium.io], resources: [ciliumnodes], verbs: [get, update]}",
+                r#"{"apiGroups":["cilium.io"],"resources":["ciliumnodes"],"verbs":["get","update"]}"#,
+            ),
+            (
+                &format!("{{{crds}}}"),
+                r#"{"apiGroups":["apiextensions.k8s.io"],"resources":["customresourcedefinitions"],"verbs":["watch"]}"#,
+            ),
+        ] {
+            let found = format!("ClusterRole ns/r: {shown} is more than where pods and services are");
+            check(law, &role("ClusterRole", rule), &[&found]);
+        }
     }
 
     #[test]

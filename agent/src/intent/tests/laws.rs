@@ -9,9 +9,12 @@ use proptest::{
 };
 
 use super::*;
-use crate::intent::{
-    folder::supported,
-    prefix::{self, Ranges, covers},
+use crate::{
+    api::network::{IpPoolSpec, ServiceCidrSpec},
+    intent::{
+        folder::supported,
+        prefix::{self, Ranges, covers},
+    },
 };
 
 const NAMES: [&str; 7] = ["aa", "bb", "cc", "dd", "ee", "ff", "No"];
@@ -102,6 +105,13 @@ fn any_local() -> impl Strategy<Value = Local> {
     })
 }
 
+fn any_pool() -> impl Strategy<Value = IpPool> {
+    (select(&RANGES[..]), any::<bool>()).prop_map(|(range, disabled)| {
+        let spec = IpPoolSpec { cidr: range.to_owned(), disabled };
+        IpPool { metadata: meta("pool"), spec }
+    })
+}
+
 /// What differs between clusters that hold the same folder.
 fn stamped(metadata: &mut ObjectMeta, noise: u32) {
     let time = format!("20{:02}-01-01T00:00:00Z", noise % 100);
@@ -129,6 +139,31 @@ fn any_two_orders() -> impl Strategy<Value = (Objects, Objects)> {
 }
 
 const ADDRESSES: [&str; 6] = ["192.0.2.1", "192.0.2.2", "2001:db8::1", "10.1.2.3", "127.0.0.1", "address"];
+
+/// What CNIs say of nodes, each object with a name of its own.
+fn any_network() -> impl Strategy<Value = Objects> {
+    let node = || select(vec!["n1", "n2", "n3", "n4", "gone"]);
+    let cilium = btree_map(node(), (texts(&RANGES, 2), texts(&RANGES, 2)), 0..4).prop_map(|nodes| {
+        let nodes = nodes.into_iter().map(|(name, (pod_cidrs, pooled))| {
+            let mut object = CiliumNode { metadata: meta(name), ..CiliumNode::default() };
+            object.spec.ipam.pod_cidrs = pod_cidrs;
+            object.spec.ipam.pools.allocated =
+                pooled.into_iter().map(|range| CiliumAllocation { cidrs: vec![range] }).collect();
+            object
+        });
+        nodes.collect::<Vec<_>>()
+    });
+    let state = prop_oneof![4 => Just("confirmed"), 1 => select(vec!["pending", "deleted", "type=virtual"])];
+    let calico = btree_map(0..8u8, (select(&RANGES[..]), node(), state), 0..6).prop_map(|blocks| {
+        let blocks = blocks.into_iter().map(|(n, (range, node, state))| block(&n.to_string(), range, node, &[state]));
+        blocks.collect::<Vec<_>>()
+    });
+    (cilium, calico).prop_map(|(cilium_nodes, block_affinities)| Objects {
+        cilium_nodes,
+        block_affinities,
+        ..Objects::default()
+    })
+}
 
 /// Nodes, slots and pods among which much collides. Slots and pods have names of their own, nodes may not.
 fn any_nodes() -> impl Strategy<Value = Objects> {
@@ -162,11 +197,11 @@ fn any_nodes() -> impl Strategy<Value = Objects> {
         });
         pods.collect::<Vec<_>>()
     });
-    (vec(node, 0..6), slots, pods).prop_map(|(nodes, gateways, pods)| Objects {
+    (vec(node, 0..6), slots, pods, any_network()).prop_map(|(nodes, gateways, pods, network)| Objects {
         nodes,
         gateways,
         pods,
-        ..Objects::default()
+        ..network
     })
 }
 
@@ -182,6 +217,14 @@ fn nodes_without(mut objects: Objects, refused: &[Rejection]) -> Objects {
         keep(&mut node.status.addresses, |i| !is(Kind::Node, &name, &format!("status.addresses[{i}].address")));
         keep(&mut node.spec.pod_cidrs, |i| !is(Kind::Node, &name, &format!("spec.podCIDRs[{i}]")));
     }
+    for object in &mut objects.cilium_nodes {
+        let name = &object.metadata.name;
+        let ipam = &mut object.spec.ipam;
+        let good = |field: &str| !is(Kind::CiliumNode, name, field);
+        keep(&mut ipam.pod_cidrs, |i| good(&format!("spec.ipam.podCIDRs[{i}]")));
+        keep(&mut ipam.pools.allocated, |i| good(&format!("spec.ipam.pools.allocated[{i}].cidrs[0]")));
+    }
+    objects.block_affinities.retain(|block| !is(Kind::BlockAffinity, &block.metadata.name, "spec.cidr"));
     let slot = |gateway: &MeshGateway| gateway.metadata.name.clone().unwrap_or_default();
     let whole = ["metadata.name", "spec.ordinal", "spec.node"];
     objects.gateways.retain(|gateway| !whole.iter().any(|field| is(Kind::MeshGateway, &slot(gateway), field)));
@@ -300,7 +343,11 @@ proptest! {
     fn the_order_of_nodes_changes_nothing(
         (one, other) in any_nodes().prop_flat_map(|o| {
             let shuffled = (Just(o.nodes.clone()).prop_shuffle(), Just(o.gateways.clone()).prop_shuffle(), Just(o.pods.clone()).prop_shuffle());
-            (Just(o), shuffled.prop_map(|(nodes, gateways, pods)| Objects { nodes, gateways, pods, ..Objects::default() }))
+            let network = (Just(o.cilium_nodes.clone()).prop_shuffle(), Just(o.block_affinities.clone()).prop_shuffle());
+            let other = (shuffled, network).prop_map(|((nodes, gateways, pods), (cilium_nodes, block_affinities))| {
+                Objects { nodes, gateways, pods, cilium_nodes, block_affinities, ..Objects::default() }
+            });
+            (Just(o), other)
         })
     ) {
         prop_assert_eq!(nodes(&one), nodes(&other));
@@ -335,6 +382,24 @@ proptest! {
         }
     }
 
+    /// Where the CNI says that a node's pods are, they are, whatever Nodes say of themselves; nor is a Node blamed for it.
+    #[test]
+    fn the_cni_s_word_stands_before_the_nodes_own(objects in any_nodes()) {
+        let mut silent = objects.clone();
+        silent.nodes.iter_mut().for_each(|node| node.spec.pod_cidrs.clear());
+        let (said, refused) = nodes(&objects);
+        let (by_cni, _) = nodes(&silent);
+        let (said, by_cni) = (said.unwrap_or_default(), by_cni.unwrap_or_default());
+        for (name, node) in &by_cni.nodes {
+            prop_assert!(node.pods.is_subset(&said.nodes[name].pods), "{}", name);
+        }
+        for rejection in refused.iter().filter(|one| one.kind == Kind::Node && one.reason == Reason::HeldByAnother) {
+            let range = rejection.message.split(' ').next().expect("the range").parse().expect("a range");
+            let others = by_cni.nodes.iter().filter(|(name, _)| name.as_str() != rejection.name);
+            prop_assert!(!others.flat_map(|(_, node)| &node.pods).any(|held| overlap(*held, range)), "{}", rejection);
+        }
+    }
+
     /// And without the refused claims nothing is refused.
     #[test]
     fn a_refused_claim_changes_nothing_else(objects in any_objects()) {
@@ -360,6 +425,10 @@ proptest! {
         ranges.iter().for_each(|range| held.insert(*range, *range));
         let found = held.overlapping(asked).map(|(_, range)| *range);
         prop_assert_eq!(found.is_some(), ranges.iter().any(|range| overlap(*range, asked)));
+        let widest = ranges.iter().filter(|range| !ranges.iter().any(|outer| outer != *range && covers(*outer, **range)));
+        let expected: BTreeSet<IpNetwork> = widest.copied().filter(|range| overlap(*range, asked)).collect();
+        let all = held.all_overlapping(asked).map(|(range, _)| *range);
+        prop_assert_eq!(all.collect::<Vec<_>>(), expected.into_iter().collect::<Vec<_>>());
         prop_assert!(found.is_none_or(|range| overlap(range, asked)));
     }
 
@@ -397,7 +466,16 @@ proptest! {
 
     /// Nor does a view add anything to the mesh but what it leaves out.
     #[test]
-    fn a_view_holds_nothing_that_this_cluster_uses(objects in any_objects(), local in any_local()) {
+    fn a_view_holds_nothing_that_this_cluster_uses(
+        objects in any_objects(), network in any_network(), local in any_local(), services in texts(&RANGES, 1), pool in any_pool(),
+    ) {
+        let service_cidrs = services.iter().map(|range| {
+            let spec = ServiceCidrSpec { cidrs: vec![range.clone()] };
+            ServiceCidr { metadata: meta("kubernetes"), spec }
+        });
+        let Objects { cilium_nodes, block_affinities, .. } = network;
+        let (service_cidrs, ip_pools) = (service_cidrs.collect(), vec![pool]);
+        let objects = Objects { cilium_nodes, block_affinities, service_cidrs, ip_pools, ..objects };
         let (mesh, _) = mesh(&objects, DOMAIN);
         let (intent, refused) = Intent::new(&mesh, &objects, &local);
         let advertised = objects.advertisements.iter().filter(|a| a.spec.cluster == local.cluster.as_str());
@@ -411,6 +489,13 @@ proptest! {
             own.retain(|range| allowed.iter().any(|outer| covers(*outer, *range)));
         }
         own.extend(&local.cidrs);
+        let blocks = objects.block_affinities.iter().map(|block| &block.spec);
+        let blocks = blocks.filter(|spec| spec.kind.is_empty() && spec.state == "confirmed" && spec.deleted == "false");
+        let cilium = objects.cilium_nodes.iter().map(|node| &node.spec.ipam);
+        let cilium = cilium.flat_map(|ipam| ipam.pod_cidrs.iter().chain(ipam.pools.allocated.iter().flat_map(|pool| &pool.cidrs)));
+        let pools = objects.ip_pools.iter().filter(|pool| !pool.spec.disabled).map(|pool| &pool.spec.cidr);
+        let network = services.iter().chain(blocks.map(|spec| &spec.cidr)).chain(cilium).chain(pools);
+        own.extend(network.filter_map(|text| prefix::parse(text).ok()));
         own.extend(local.api_server.map(IpNetwork::from));
         let mut missing = 0;
         for (name, member) in &mesh.members {

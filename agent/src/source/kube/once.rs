@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use super::{
-    ConnectError, Server, node,
+    ConnectError, NODES, Server,
     prune::{KubeNode, Prune},
     watch::{ANSWER, Trouble, failure, unanswered},
 };
@@ -52,7 +52,7 @@ impl Once {
     /// The MeshGateways and the Nodes, and nothing else.
     pub async fn gateways_and_nodes(&self) -> Result<Objects, AskError> {
         let gateways = self.list(&Api::<MeshGateway>::all(self.client.clone()), "meshgateways").await?;
-        let nodes = self.list(&Api::<KubeNode>::all_with(self.client.clone(), &node()), "nodes").await?;
+        let nodes = self.list(&Api::<KubeNode>::all_with(self.client.clone(), &NODES.resource()), "nodes").await?;
         Ok(Objects { gateways: pruned(gateways), nodes: pruned(nodes), ..Objects::default() })
     }
 

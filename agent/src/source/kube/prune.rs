@@ -1,9 +1,15 @@
 //! From the API server's objects to what the agent uses of them. All else is dropped as it comes, and a change to it is
 //! no news: heartbeats, a Node's conditions, managed fields.
 
-use kube::core::{DeserializeGuard, Object, ObjectMeta};
+use kube::core::{DeserializeGuard, NotUsed, Object, ObjectMeta};
 
-use crate::api::{EgressPolicy, MeshCluster, MeshGateway, MeshGatewayStatus, RouteAdvertisement, v1};
+use crate::api::{
+    EgressPolicy, MeshCluster, MeshGateway, MeshGatewayStatus, RouteAdvertisement,
+    network::{
+        BlockAffinity, BlockAffinitySpec, CiliumNode, CiliumNodeSpec, IpPool, IpPoolSpec, ServiceCidr, ServiceCidrSpec,
+    },
+    v1,
+};
 
 /// The labels that are kept of a Node.
 const OUR_LABELS: &str = "carrick.dev/";
@@ -61,6 +67,26 @@ impl Prune for KubeNode {
         v1::Node { metadata, spec: self.spec, status }
     }
 }
+
+macro_rules! prune_network {
+    ($($spec:ident => $kind:ident),*) => {$(
+        impl Prune for Object<$spec, NotUsed> {
+            type Pruned = $kind;
+
+            fn prune(self) -> $kind {
+                let name = self.metadata.name.unwrap_or_default();
+                $kind { metadata: v1::Metadata { name, ..v1::Metadata::default() }, spec: self.spec }
+            }
+        }
+    )*};
+}
+
+prune_network!(
+    ServiceCidrSpec => ServiceCidr,
+    CiliumNodeSpec => CiliumNode,
+    BlockAffinitySpec => BlockAffinity,
+    IpPoolSpec => IpPool
+);
 
 /// The pruned object, or why there is none.
 pub(super) fn opened<K: Prune>(guarded: DeserializeGuard<K>) -> Result<K::Pruned, String> {
@@ -124,6 +150,38 @@ mod tests {
                 },
             )"#]]
         .assert_eq(&format!("{node:#?}"));
+    }
+
+    #[test]
+    fn of_a_network_s_objects_names_and_ranges_are_kept() {
+        let metadata = json!({
+            "name": "n1", "uid": "u", "resourceVersion": "7", "labels": {"a": "b"},
+            "managedFields": [{"manager": "cilium-operator", "fieldsV1": {}}],
+        });
+        let node = json!({
+            "apiVersion": "cilium.io/v2", "kind": "CiliumNode", "metadata": metadata,
+            "spec": {
+                "addresses": [{"ip": "192.0.2.1", "type": "InternalIP"}], "encryption": {}, "health": {"ipv4": "10.0.0.9"},
+                "ipam": {
+                    "podCIDRs": ["10.0.1.0/24"],
+                    "pools": {"allocated": [{"pool": "default", "cidrs": ["10.9.0.0/27"]}], "requested": [{"pool": "default"}]},
+                },
+            },
+            "status": {"ipam": {"used": {"10.0.1.7": {"owner": "default/a"}}}, "eni": {}},
+        });
+        let read = serde_json::from_value::<DeserializeGuard<Object<CiliumNodeSpec, NotUsed>>>(node).unwrap();
+        let kept = serde_json::to_value(opened(read).unwrap()).unwrap();
+        let name = json!({"name": "n1", "namespace": "", "labels": {}});
+        let ipam = json!({"podCIDRs": ["10.0.1.0/24"], "pools": {"allocated": [{"cidrs": ["10.9.0.0/27"]}]}});
+        assert_eq!(kept, json!({"metadata": name, "spec": {"ipam": ipam}}));
+
+        let services = json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": metadata,
+            "spec": {"cidrs": ["10.96.0.0/16"]}, "status": {"conditions": [{"type": "Ready", "status": "True"}]},
+        });
+        let read = serde_json::from_value::<DeserializeGuard<Object<ServiceCidrSpec, NotUsed>>>(services).unwrap();
+        let kept = serde_json::to_value(opened(read).unwrap()).unwrap();
+        assert_eq!(kept, json!({"metadata": name, "spec": {"cidrs": ["10.96.0.0/16"]}}));
     }
 
     #[test]

@@ -5,23 +5,25 @@
 //! not matter. And it is not complete before MeshClusters have been known: to an agent that has just started, an API server
 //! on an empty store looks like a mesh without members, and one that is being filled again like a small mesh.
 
+mod kind;
+mod network;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use k8s_openapi::jiff::Timestamp;
 
-use super::watch::{Heard, Trouble};
+use self::{kind::Kind, network::Network};
+use super::watch::Heard;
 use crate::{
-    api::{EgressPolicy, MeshCluster, MeshGateway, Objects, RouteAdvertisement, v1},
-    slot::{self, Wish},
-    source::{
-        NotSynced, Problem, Snapshot,
-        kept::Kept,
-        store::{Event, GRACE, Store},
+    api::{
+        EgressPolicy, MeshCluster, MeshGateway, Objects, RouteAdvertisement,
+        network::{BlockAffinity, CiliumNode, IpPool, ServiceCidr},
+        v1,
     },
+    slot::{self, Wish},
+    source::{NotSynced, Problem, Snapshot, kept::Kept},
 };
 
-/// Names told of what a doubted list lacks.
-const MAX_NAMES: usize = 5;
 const STANDS: &str = "what it said before stays in force";
 /// How long nothing must change before what an empty API server has been filled with is taken for the whole.
 const FILLED: Duration = Duration::from_secs(30);
@@ -34,140 +36,12 @@ pub(super) enum Told {
     Policies(Heard<EgressPolicy>),
     Gateways(Heard<MeshGateway>),
     OwnNode(Heard<v1::Node>),
-    /// Of which watch of all Nodes it is.
+    ServiceCidrs(Heard<ServiceCidr>),
+    IpPools(Heard<IpPool>),
+    /// Of which generation of watches it is; so with those that follow.
     Nodes(u64, Heard<v1::Node>),
-}
-
-/// An object, as far as it could be read.
-#[derive(Clone, Debug, PartialEq)]
-struct Known<T> {
-    /// As it last could.
-    good: Option<T>,
-    /// Why what is there now cannot be used.
-    flaw: Option<String>,
-}
-
-/// What is known of one kind.
-#[derive(Clone, Debug)]
-struct Kind<T> {
-    name: &'static str,
-    store: Store<Known<T>>,
-    trouble: Option<Trouble>,
-    /// What was known before this start stands until it is heard.
-    recalled: bool,
-}
-
-impl<T: Clone + PartialEq> Kind<T> {
-    fn new(name: &'static str) -> Kind<T> {
-        Kind { name, store: Store::default(), trouble: None, recalled: false }
-    }
-
-    /// Returns whether anything is different.
-    fn hear(&mut self, now: Duration, heard: Heard<T>) -> bool {
-        let event = match heard {
-            Heard::Failed(trouble) => {
-                let news = self.trouble.as_ref() != Some(&trouble);
-                self.trouble = Some(trouble);
-                return news;
-            }
-            Heard::Event(event) => event,
-        };
-        // That a list begins, or goes on, is no sign yet that it will end.
-        let recovered =
-            matches!(event, Event::ListEnds | Event::Set(..) | Event::Deleted(_)) && self.trouble.take().is_some();
-        let event = match event {
-            Event::Listed(name, read) => Event::Listed(name.clone(), self.known(&name, read)),
-            Event::Set(name, read) => Event::Set(name.clone(), self.known(&name, read)),
-            Event::ListBegins => Event::ListBegins,
-            Event::ListEnds => Event::ListEnds,
-            Event::Deleted(name) => Event::Deleted(name),
-        };
-        self.store.hear(now, event) || recovered
-    }
-
-    fn known(&self, name: &str, read: Result<T, String>) -> Known<T> {
-        match read {
-            Ok(object) => Known { good: Some(object), flaw: None },
-            Err(flaw) => Known { good: self.store.get(name).and_then(|known| known.good.clone()), flaw: Some(flaw) },
-        }
-    }
-
-    fn recall(&mut self, objects: Vec<T>, name: impl Fn(&T) -> Option<String>) {
-        let known = |object: T| Some((name(&object)?, Known { good: Some(object), flaw: None }));
-        self.store.recall(objects.into_iter().filter_map(known));
-        self.recalled = true;
-    }
-
-    /// Whether something stands, be it that there is nothing.
-    fn stands(&self) -> bool {
-        self.recalled || self.store.is_synced()
-    }
-
-    /// Whether its watch has said something, be it that it cannot.
-    fn is_settled(&self) -> bool {
-        self.store.is_synced() || self.trouble.is_some()
-    }
-
-    fn is_complete(&self) -> bool {
-        let unserved = self.trouble == Some(Trouble::NotServed);
-        !unserved && self.store.is_complete() && self.store.objects().all(|(_, known)| known.good.is_some())
-    }
-
-    fn objects(&self) -> impl Iterator<Item = &T> {
-        self.store.objects().filter_map(|(_, known)| known.good.as_ref())
-    }
-
-    /// Why it has not been listed.
-    fn missing(&self) -> Option<(&str, &'static str)> {
-        let why = self.trouble.as_ref().map_or("not listed yet", Trouble::told);
-        (!self.stands()).then_some((why, self.name))
-    }
-
-    fn problems<'a>(&'a self, host: &'a str) -> impl Iterator<Item = Problem> + 'a {
-        let stands = if self.stands() { format!(" ({STANDS})") } else { String::new() };
-        let trouble = self.trouble.iter().map(move |trouble| match trouble {
-            Trouble::NotServed => problem(format!("{host} {}", self.name), format!("{}{stands}", trouble.told())),
-            // Of the API server as a whole, more often than not: then every kind says the same.
-            Trouble::Other(why) => problem(host.to_owned(), format!("{why}{stands}")),
-        });
-        let flawed =
-            self.store.objects().filter_map(|(name, known)| known.flaw.as_ref().map(|flaw| (name, flaw, known)));
-        let flawed = flawed.map(move |(name, flaw, known)| {
-            let stands = if known.good.is_some() { format!(" ({STANDS})") } else { String::new() };
-            let message = format!("cannot be read by this version: {flaw}: correct it{stands}");
-            problem(format!("{host} {} {name}", self.name), message)
-        });
-        let doubted = self.doubted().map(|message| problem(format!("{host} {}", self.name), message));
-        trouble.chain(flawed).chain(doubted)
-    }
-
-    fn doubted(&self) -> Option<String> {
-        let names: Vec<&str> = self.store.doubted().collect();
-        let more = names.len().saturating_sub(MAX_NAMES);
-        let mut shown = names[..names.len() - more].join(", ");
-        if more > 0 {
-            shown += &format!(" and {more} more");
-        }
-        (!names.is_empty()).then(|| {
-            format!(
-                "half or more are gone from one list to the next: {shown}. They stay in force for {} s after it: put them \
-                 back, unless they are to go",
-                GRACE.as_secs()
-            )
-        })
-    }
-}
-
-impl Trouble {
-    /// With the remedy.
-    pub(super) fn told(&self) -> &str {
-        match self {
-            Trouble::NotServed => {
-                "the API server does not have this kind, or is about to lose it: install the chart's CRDs"
-            }
-            Trouble::Other(why) => why,
-        }
-    }
+    CiliumNodes(u64, Heard<CiliumNode>),
+    BlockAffinities(u64, Heard<BlockAffinity>),
 }
 
 /// Whether all that there is can be known.
@@ -213,7 +87,8 @@ pub(super) struct View {
     /// The own Node as it last was, for when it is gone.
     last_own: Option<v1::Node>,
     nodes: Kind<v1::Node>,
-    /// Of which watch of all Nodes is heard.
+    network: Network,
+    /// Of which watches of what is of nodes is heard; none yet: 0.
     generation: u64,
     /// From when it is what was known before this start.
     recalled: Option<Timestamp>,
@@ -233,21 +108,26 @@ impl View {
             own: Kind::new("this node's own Node"),
             last_own: None,
             nodes: Kind::new("Nodes"),
+            network: Network::new(),
             generation: 0,
             recalled: None,
         }
     }
 
     /// Takes over what was known before this start, if it is the same node's view.
-    pub(super) fn recall(&mut self, kept: Kept) {
+    pub(super) fn recall(&mut self, mut kept: Kept) {
         if kept.node != self.me {
             return;
         }
+        self.network.recall(&mut kept.objects);
         let Objects { clusters, advertisements, policies, gateways, nodes, .. } = kept.objects;
         let is_own = |node: &&v1::Node| Some(&node.metadata.name) == self.me.as_ref();
         self.last_own = nodes.iter().find(is_own).cloned();
         self.own.recall(self.last_own.iter().cloned().collect(), |node| Some(node.metadata.name.clone()));
-        self.nodes.recall(nodes, |node| Some(node.metadata.name.clone()));
+        // Of other nodes a worker knows what MeshGateways say.
+        if self.wants_nodes() {
+            self.nodes.recall(nodes, |node| Some(node.metadata.name.clone()));
+        }
         if !clusters.is_empty() {
             self.mesh = Mesh::Known;
         }
@@ -293,7 +173,15 @@ impl View {
                 }
                 return news;
             }
+            Told::ServiceCidrs(heard) => return self.network.service_cidrs.hear(now, heard),
+            Told::IpPools(heard) => return self.network.ip_pools.hear(now, heard),
             Told::Nodes(generation, heard) => return generation == self.generation && self.nodes.hear(now, heard),
+            Told::CiliumNodes(generation, heard) => {
+                return generation == self.generation && self.network.cilium_nodes.hear(now, heard);
+            }
+            Told::BlockAffinities(generation, heard) => {
+                return generation == self.generation && self.network.block_affinities.hear(now, heard);
+            }
         };
         let any = self.clusters.objects().next().is_some();
         self.mesh = match self.mesh {
@@ -313,6 +201,7 @@ impl View {
         changed |= self.gateways.store.tick(now);
         changed |= self.own.store.tick(now);
         changed |= self.nodes.store.tick(now);
+        changed |= self.network.tick(now);
         let filled = matches!(self.mesh, Mesh::Filling { until } if until <= now);
         if filled {
             self.mesh = Mesh::Known;
@@ -325,7 +214,7 @@ impl View {
         let ours = [self.clusters.store.next(), self.advertisements.store.next(), self.policies.store.next()];
         let nodes = [self.gateways.store.next(), self.own.store.next(), self.nodes.store.next()];
         let filled = if let Mesh::Filling { until } = self.mesh { Some(until) } else { None };
-        ours.into_iter().chain(nodes).chain([filled]).flatten().min()
+        ours.into_iter().chain(nodes).chain([self.network.next(), filled]).flatten().min()
     }
 
     /// Whether all Nodes are to be watched.
@@ -335,24 +224,35 @@ impl View {
         self.me.is_none() || self.last_own.as_ref().is_some_and(gateway)
     }
 
-    pub(super) fn begin_nodes(&mut self, generation: u64) {
-        // What was recalled stands until the first watch of them has listed.
+    /// Whether it matters which node has which block of a pool.
+    pub(super) fn wants_blocks(&self) -> bool {
+        self.me.is_some() && self.wants_nodes()
+    }
+
+    /// Whether it is known if this node is a gateway.
+    pub(super) fn knows_itself(&self) -> bool {
+        self.me.is_none() || self.last_own.is_some()
+    }
+
+    /// New watches tell of what is of nodes from now on, as far as this node has to know. What the ones before said is
+    /// forgotten.
+    pub(super) fn begin(&mut self, generation: u64) {
+        // What was recalled stands until the first watches have listed.
         if self.generation != 0 || !self.nodes.recalled {
             self.nodes = Kind::new(self.nodes.name);
         }
+        if self.generation != 0 {
+            self.network.begin();
+        }
         self.generation = generation;
-    }
-
-    /// What other Nodes said is forgotten.
-    pub(super) fn end_nodes(&mut self) {
-        self.begin_nodes(0);
     }
 
     /// Whether every watch that is wanted has said something.
     pub(super) fn is_settled(&self) -> bool {
         let ours = self.clusters.is_settled() && self.advertisements.is_settled() && self.policies.is_settled();
         let own = self.me.is_none() || self.own.is_settled();
-        ours && self.gateways.is_settled() && own && (!self.wants_nodes() || self.nodes.is_settled())
+        let network = !self.knows_itself() || self.network.is_settled(self.wants_blocks());
+        ours && self.gateways.is_settled() && own && network && (!self.wants_nodes() || self.nodes.is_settled())
     }
 
     pub(super) fn snapshot(&self) -> Result<Snapshot, NotSynced> {
@@ -366,6 +266,7 @@ impl View {
         problems.extend(self.gateways.problems(&self.host));
         problems.extend(self.own.problems(&self.host));
         problems.extend(self.nodes.problems(&self.host));
+        problems.extend(self.network.problems(&self.host));
         if let Some(me) = self.me.as_ref().filter(|_| self.own.objects().next().is_none()) {
             let message = format!("is gone: {STANDS}");
             problems.push(problem(format!("{} Node {me}", self.host), message));
@@ -392,8 +293,9 @@ impl View {
             policies: self.policies.objects().cloned().collect(),
             gateways: self.gateways.objects().cloned().collect(),
             nodes,
-            pods: Vec::new(),
+            ..Objects::default()
         };
+        self.network.fill(&mut objects);
         // Only gateways write them, and to a worker a change of them is no news.
         if !self.wants_nodes() {
             objects.clusters.iter_mut().for_each(|one| one.status = None);
@@ -402,6 +304,7 @@ impl View {
             objects.gateways.iter_mut().for_each(|one| one.status = None);
         }
         let complete = ours && self.mesh == Mesh::Known && self.gateways.is_complete() && nodes_are_complete;
+        let complete = complete && self.network.is_settled(self.wants_blocks());
         Ok(Snapshot { objects, complete, problems })
     }
 

@@ -1,7 +1,8 @@
 //! The watch of one kind: [`Watch::run`] tells what the API server says, for ever.
 //!
 //! Whatever fails begins anew after a growing, jittered pause: a compacted history (410), a broken stream, an API server
-//! that has fallen silent.
+//! that has fallen silent. A kind that may be missing is not asked for again and again: a watch of its CRD, by name, tells
+//! when it comes.
 //!
 //! Invariants: a list is paged and consistent, never older than what was told before. And a list, or a deletion, is told
 //! only if the kind's CRD has stood from before the list began until after: when a CRD is deleted, the API server first
@@ -14,7 +15,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::{
     Api, Client, Error, Resource, ResourceExt,
     client::AuthError,
-    core::{DeserializeGuard, ObjectMeta, Status},
+    core::{DeserializeGuard, ObjectMeta, PartialObjectMeta, Status},
     runtime::{
         utils::Backoff,
         watcher::{self, DefaultBackoff, watcher},
@@ -33,11 +34,13 @@ use super::{
 };
 use crate::{agent::with_cause, source::store::Event};
 
-const GROUP: &str = "carrick.dev";
 /// What has gone on for so long was well until then: longer than it takes to connect in vain.
 const WELL: Duration = Duration::from_secs(20);
 /// To answer what is no watch, or to send one page of a list.
 pub(super) const ANSWER: Duration = Duration::from_secs(30);
+/// Until an API server is asked again for a kind that its version does not have: less than what it said stands on without
+/// it, for several API servers of which one is newer.
+const NEWER: Duration = Duration::from_secs(240);
 /// Pauses grow to this, and by jitter to twice that.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -58,16 +61,19 @@ pub(super) enum Trouble {
     Other(String),
 }
 
-/// Whose kind it is.
-pub(super) enum Kind {
-    /// Its CRD can be deleted.
-    Ours {
-        plural: &'static str,
-        client: Client,
-    },
-    Kubernetes {
-        plural: &'static str,
-    },
+/// Which kind it is.
+pub(super) struct Kind {
+    pub(super) plural: &'static str,
+    /// `None`: Kubernetes' own.
+    pub(super) crd: Option<Crd>,
+    /// Where the API server does not have it, there is nothing of it.
+    pub(super) optional: bool,
+}
+
+/// What a kind can be deleted with.
+pub(super) struct Crd {
+    pub(super) group: &'static str,
+    pub(super) client: Client,
 }
 
 /// By what a kind stands. One that is made anew stands by another.
@@ -81,16 +87,16 @@ enum Ground {
 impl Kind {
     /// By what it stands now, by a consistent read; `None`: it does not.
     async fn ground(&self) -> Result<Option<Ground>, Error> {
-        let Kind::Ours { plural, client } = self else { return Ok(Some(Ground::Kubernetes)) };
-        let crds = Api::<CustomResourceDefinition>::all(client.clone());
-        let crd = crds.get_metadata_opt(&format!("{plural}.{GROUP}")).await?;
-        Ok(crd.and_then(|crd| of_crd(crd.metadata)))
+        let Some(crd) = &self.crd else { return Ok(Some(Ground::Kubernetes)) };
+        let crds = Api::<CustomResourceDefinition>::all(crd.client.clone());
+        let found = crds.get_metadata_opt(&crd.name(self.plural)).await?;
+        Ok(found.and_then(|crd| of_crd(crd.metadata)))
     }
+}
 
-    fn plural(&self) -> &'static str {
-        match self {
-            Kind::Ours { plural, .. } | Kind::Kubernetes { plural } => plural,
-        }
+impl Crd {
+    fn name(&self, plural: &str) -> String {
+        format!("{plural}.{}", self.group)
     }
 }
 
@@ -123,11 +129,15 @@ where
         loop {
             let began = Instant::now();
             let Err(End::Trouble(trouble)) = self.once(&tell, &told).await else { return };
-            if began.elapsed() > WELL {
-                pauses.reset();
-            }
+            let missing = self.kind.optional && trouble == Trouble::NotServed;
             if tell.send(told(Heard::Failed(trouble))).await.is_err() {
                 return;
+            }
+            if missing && self.appears(&tell, &told).await == Err(End::Unheard) {
+                return;
+            }
+            if began.elapsed() > WELL {
+                pauses.reset();
             }
             sleep(pauses.next().unwrap_or(LONGEST_PAUSE)).await;
         }
@@ -139,7 +149,7 @@ where
         tell: &mpsc::Sender<Told>,
         told: &(impl Fn(Heard<K::Pruned>) -> Told + Send),
     ) -> Result<Infallible, End> {
-        let plural = self.kind.plural();
+        let plural = self.kind.plural;
         let before = self.ground().await?;
         let mut events = pin!(watcher(self.api.clone(), self.config.clone()));
         let mut listed = false;
@@ -164,12 +174,52 @@ where
         }
     }
 
+    /// Waits until the API server may have the kind, or until that can no longer be told. Until then there is nothing of it.
+    async fn appears(
+        &self,
+        tell: &mpsc::Sender<Told>,
+        told: &(impl Fn(Heard<K::Pruned>) -> Told + Send),
+    ) -> Result<(), End> {
+        let Some(crd) = &self.kind.crd else {
+            self.nothing(tell, told).await?;
+            sleep(NEWER).await;
+            return Ok(());
+        };
+        let named = watcher::Config::default().fields(&format!("metadata.name={}", crd.name(self.kind.plural)));
+        let crds = Api::<PartialObjectMeta<CustomResourceDefinition>>::all(crd.client.clone());
+        let mut events = pin!(watcher(crds, named));
+        while let Ok(Some(event)) = events.try_next().await {
+            match event {
+                watcher::Event::InitApply(crd) | watcher::Event::Apply(crd) => {
+                    if of_crd(crd.metadata).is_some() {
+                        break;
+                    }
+                }
+                watcher::Event::InitDone => self.nothing(tell, told).await?,
+                watcher::Event::Init | watcher::Event::Delete(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells that there is nothing of the kind.
+    async fn nothing(
+        &self,
+        tell: &mpsc::Sender<Told>,
+        told: &(impl Fn(Heard<K::Pruned>) -> Told + Send),
+    ) -> Result<(), End> {
+        for event in [Event::ListBegins, Event::ListEnds] {
+            tell.send(told(Heard::Event(event))).await.map_err(|_| End::Unheard)?;
+        }
+        Ok(())
+    }
+
     /// By what the kind stands now.
     async fn ground(&self) -> Result<Ground, End> {
         match answered(self.kind.ground()).await? {
             Ok(Some(ground)) => Ok(ground),
             Ok(None) => Err(End::Trouble(Trouble::NotServed)),
-            Err(error) => Err(End::Trouble(Trouble::Other(failure(&error, self.kind.plural())))),
+            Err(error) => Err(End::Trouble(Trouble::Other(failure(&error, self.kind.plural)))),
         }
     }
 }
