@@ -5,8 +5,10 @@
 
 mod agents;
 mod client;
+mod counts;
 mod crds;
 mod junk;
+mod kubernetes;
 mod rights;
 mod watches;
 mod world;

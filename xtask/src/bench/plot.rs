@@ -11,6 +11,7 @@ use lab::Cni;
 
 use self::svg::{Bar, Line, Panel};
 use super::{
+    control::{self, Run},
     failover::{Kind, Log},
     report::{Measured, digits},
     saved::{self, Datapath},
@@ -33,16 +34,20 @@ pub struct Args {
 /// True: what was not measured yet is an error.
 pub fn run(args: &Args) -> Result<bool> {
     let (datapath, failover) = (saved::read_datapath()?, Log::read(Cni::Bridge)?);
-    let page = page(&datapath, &failover);
+    let control = [control::read(control::BUDGETED[0])?, control::read(control::LARGE)?];
+    let page = page(&datapath, &failover, &control);
     if !args.write {
         print!("{page}");
         return Ok(true);
     }
     let folder = workspace::root().join(FOLDER);
     fs::create_dir_all(&folder).with_context(|| format!("mkdir {}", folder.display()))?;
-    for (file, text) in
-        [("README.md", page), ("datapath.svg", bars(&datapath.results)), ("failover.svg", gaps(&failover))]
-    {
+    let plots = [
+        ("datapath.svg", bars(&datapath.results)),
+        ("failover.svg", gaps(&failover)),
+        ("control.svg", times(&control[0])),
+    ];
+    for (file, text) in [("README.md", page)].into_iter().chain(plots) {
         write(&folder.join(file), &text)?;
     }
     Ok(true)
@@ -54,7 +59,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
     Ok(())
 }
 
-fn page(datapath: &Datapath, failover: &Log) -> String {
+fn page(datapath: &Datapath, failover: &Log, control: &[Run; 2]) -> String {
     let Datapath { machine, rounds, results } = datapath;
     let events = failover.results();
     let on = &failover.subject.machine;
@@ -91,10 +96,44 @@ what was broken becomes whole again.
 
 ![How long traffic stands still](failover.svg)
 
+{}
 {}",
         table(&compared),
         table(&cost),
-        table(&events)
+        table(&events),
+        control_section(control)
+    )
+}
+
+fn control_section([small, large]: &[Run; 2]) -> String {
+    let on =
+        |run: &Run| format!("{}, which had other work, too: a load of {} when it began", run.machine, digits(run.load));
+    format!(
+        "## Control plane
+
+`cargo xtask bench control`, on {}.
+
+A real API server on etcd with the chart in it, on a machine of two cores together with everything that asks it. One worker and
+one gateway run as in pods, each on a node of its own; {} other members, of two gateways and two RouteAdvertisements each, and
+{} nodes are objects alone, so every link of the gateway is down. A *change* gives a RouteAdvertisement another range. Its time
+begins when its request is sent and ends when the kernel tells (rtnetlink) that the new range is routed, which a pass makes
+last, and the old one is not. The *plain watch* reads the same events, by the same network, and does nothing with them. A *start* has
+nothing kept and nothing in the kernel. Requests are counted by the API server while nothing changes. Bytes are those of IP packets,
+both ways.
+
+![How long a change takes](control.svg)
+
+{}
+With {} members, on {}: no budget, and what grows.
+
+{}",
+        on(small),
+        small.members,
+        small.nodes,
+        table(&small.results()),
+        large.members,
+        on(large),
+        table(&large.results()),
     )
 }
 
@@ -137,6 +176,16 @@ fn bar(result: &Measured) -> Bar {
     }
 }
 
+fn times(run: &Run) -> String {
+    let line = |(name, time): &(&str, fn(&control::Change) -> f64)| Line {
+        name: (*name).to_owned(),
+        values: sorted(run.found.changes.iter().map(time)),
+    };
+    let lines: Vec<Line> = control::SEEN.iter().map(line).collect();
+    let title = format!("Share of changes that are there within, {} members", run.members);
+    svg::distribution(&title, "ms", &lines, control::HALF)
+}
+
 fn gaps(log: &Log) -> String {
     let line = |kind: &Kind| Line {
         name: format!("{}, {} events", kind.name(), log.of(*kind).count()),
@@ -152,6 +201,7 @@ mod tests {
 
     use super::*;
     use crate::bench::{
+        control::tests::example,
         failover::{Event, Subject},
         report::Budget,
         saved::Machine,
@@ -236,7 +286,7 @@ mod tests {
             | drain, gap p50 | 3 | ms |  |  |
             | drain, gap max | 3 | ms |  |  |
             | drain, lost in all | 0 | packets | <= 0 | ok |
-        "#]].assert_eq(&page(&datapath(), &failover()));
+        "#]].assert_eq(&page(&datapath(), &failover(), &[100, 1000].map(example)));
     }
 
     #[test]
@@ -247,5 +297,6 @@ mod tests {
         );
         assert!(!text.contains("Gb/s"));
         assert_eq!(gaps(&failover()).matches("<polyline").count(), 2);
+        assert_eq!(times(&example(100)).matches("<polyline").count(), 3);
     }
 }
