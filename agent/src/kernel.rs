@@ -13,6 +13,7 @@ mod hop;
 pub(crate) mod ifreq;
 pub(crate) mod lease;
 mod link;
+pub mod memory;
 mod netfilter;
 pub mod nft;
 pub mod object;
