@@ -21,7 +21,8 @@ use crate::{
 
 /// It is steady when nothing was written for so long: of an object, status is written once in 10 s.
 const QUIET: Duration = Duration::from_secs(15);
-const LIMIT: Duration = Duration::from_secs(900);
+/// Of 1000 members a gateway has 3000 objects to write to.
+const LIMIT: Duration = Duration::from_secs(3600);
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/carrick/leases";
 
 #[derive(Debug, Serialize)]

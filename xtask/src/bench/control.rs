@@ -16,7 +16,7 @@ use crate::{process, test::name_programs, workspace};
 
 /// Up to so many members and nodes budgets hold.
 pub const BUDGETED: [u16; 2] = [100, 1000];
-/// Where it is measured what comes next; the page has both.
+/// Where it is measured what comes next; the page has it where it was.
 pub const LARGE: u16 = 1000;
 
 #[derive(Debug, clap::Args)]
@@ -110,6 +110,11 @@ pub fn run(args: &Args, carrick: &Path) -> Result<bool> {
 /// What was found last with so many members.
 pub fn read(members: u16) -> Result<Run> {
     saved::read(&file(members), &format!("control --members {members}"))
+}
+
+/// [`read`], if there is anything.
+pub fn find(members: u16) -> Result<Option<Run>> {
+    if saved::path(&file(members))?.exists() { read(members).map(Some) } else { Ok(None) }
 }
 
 fn file(members: u16) -> String {
@@ -255,7 +260,40 @@ pub mod tests {
 
     #[test]
     fn everything_that_is_measured_is_told() {
-        expect![[r#""#]].assert_eq(&shown(&example(100)));
+        expect![[r#"
+            change, plain watch, p50: 8.00 ms
+            change, plain watch, p99: 10.00 ms
+            change, plain watch, max: 10.00 ms
+            change, worker, p50: 24.00 ms ok
+            change, worker, p99: 30.00 ms ok
+            change, worker, max: 30.00 ms
+            change, gateway, p50: 60.00 ms MISSED by 20 %
+            change, gateway, p99: 480.00 ms ok
+            change, gateway, max: 480.00 ms
+            change, worker, over the plain watch, p50: 3.00 x
+            change, gateway, over the plain watch, p50: 8.50 x
+            memory, gateway, resident: 44.00 MiB MISSED by 10 %
+            memory, gateway, most ever resident: 50.00 MiB
+            memory, gateway, proportional: 40.00 MiB
+            memory, tunnel, resident: 50.00 MiB
+            memory, tunnel, most ever resident: 50.00 MiB
+            memory, tunnel, proportional: 50.00 MiB
+            memory, worker, resident: 20.00 MiB ok
+            memory, worker, most ever resident: 22.00 MiB
+            memory, worker, proportional: 18.00 MiB
+            requests, worker: 1.40 a minute ok
+            requests, gateway: 3.00 a minute ok
+            requests, gateway, for its Lease: 4.00 a minute ok
+            processor, gateway: 1.20 %
+            processor, worker: 0.30 %
+            start until routed, worker: 400.00 ms
+            bytes of a start, worker: 200.00 KiB
+            bytes of a change, worker: 1.50 KiB
+            start until routed, gateway: 800.00 ms
+            bytes of a start, gateway: 6000.00 KiB
+            bytes of a change, gateway: 3.00 KiB
+        "#]]
+        .assert_eq(&shown(&example(100)));
     }
 
     #[test]
