@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{
     client::{Answer, Ask},
-    kubernetes::{ADMIN, CARRICK, MESH, object},
+    kubernetes::{ADMIN, CARRICK, object},
     world::{KEYS, KUBELET, NEW_KUBELET, TENANT, World, advertisement, cluster},
 };
 

@@ -5,7 +5,6 @@
 
 use std::{
     ops::{Deref, DerefMut},
-    path::Path,
     sync::{Mutex, PoisonError},
     time::Duration,
 };
