@@ -98,6 +98,7 @@ pub fn check_backend(backend: &args::Backend) -> Result<(), AgentError> {
 pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result<(), AgentError> {
     check_backend(&args.backend)?;
     kernel::check_privileges()?;
+    kernel::memory::keep_little();
     let run_dir = args.backend.run_dir.clone();
     let _lock = Lock::take(&run_dir, "agent")?;
     let (ask, mut asked) = mpsc::channel(8);

@@ -13,6 +13,8 @@ mod hop;
 pub(crate) mod ifreq;
 pub(crate) mod lease;
 mod link;
+pub mod memory;
+mod netfilter;
 pub mod nft;
 pub mod object;
 mod prefix;
@@ -104,6 +106,8 @@ pub struct Linux<W> {
     bpf: Bpf,
     /// Prefixes at which the last reading found a route that is none of ours: where to look closer when setting one.
     crowded: BTreeSet<(Table, IpNetwork)>,
+    /// The nft table as it was last read or written.
+    nft: Option<nft::Seen>,
     /// Connections are still masqueraded from before the nft table stood. Until they are forgotten it reads as missing, so
     /// that it is applied again.
     masqueraded: bool,
@@ -113,7 +117,7 @@ impl<W: WireGuard> Linux<W> {
     /// Must be called on a tokio runtime, which drives the sockets.
     pub fn new(wireguard: W, secrets: Secrets, bpf: Bpf) -> io::Result<Linux<W>> {
         let rtnl = Rtnl::new()?;
-        Ok(Linux { wireguard, secrets, rtnl, bpf, crowded: BTreeSet::new(), masqueraded: false })
+        Ok(Linux { wireguard, secrets, rtnl, bpf, crowded: BTreeSet::new(), nft: None, masqueraded: false })
     }
 
     /// Whether every BPF program that was attached at the last pass still is. To be asked often: no event tells of one
@@ -227,8 +231,8 @@ impl<W: WireGuard> Linux<W> {
 
     /// Replaces the nft table; connections that its rules come too late for are then made to begin anew.
     async fn set_nft(&mut self, nft: Option<&Nft>) -> io::Result<()> {
-        let wanted = nft.cloned();
-        blocking(move || Ok(nft::write(wanted.as_ref())?)).await?;
+        let (wanted, seen) = (nft.cloned(), self.nft.take());
+        self.nft = Some(blocking(move || Ok(nft::write(wanted, seen)?)).await?);
         self.masqueraded = nft.is_some();
         if let Some(nft) = nft {
             let pairs = nft.keep_source.clone();
@@ -249,7 +253,8 @@ impl<W: WireGuard> Kernel for Linux<W> {
         self.read_wireguard(&mut reading).await;
         self.read_links_and_routes(&mut reading).await;
         reading.state.rules = keep(&mut reading, Layer::Rule, rule::read(&self.rtnl).await);
-        let nft = blocking(|| Ok(nft::read()?)).await;
+        let seen = self.nft.take();
+        let nft = blocking(move || Ok(nft::read(seen)?)).await.map(|seen| self.nft.insert(seen).table().cloned());
         reading.state.nft = keep(&mut reading, Layer::Nft, nft).filter(|_| !self.masqueraded);
         let maps = self.bpf.read_maps(&self.secrets.hop);
         reading.state.maps = keep(&mut reading, Layer::Maps, maps);

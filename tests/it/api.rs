@@ -6,9 +6,11 @@
 mod agents;
 mod chart;
 mod client;
+mod counts;
 mod crds;
 mod export;
 mod junk;
+mod kubernetes;
 mod ranges;
 mod rights;
 mod slots;

@@ -11,6 +11,7 @@
 //! - [`carrick`] and [`mesh`]: the program under test, and the folder of manifests that it reads.
 //! - [`traffic`]: numbered UDP, a TCP stream, TCP throughput, HTTP, ping, the MTU that a sender is told.
 //! - [`capture`] and [`watch`]: what passed on an interface, and on every node's uplink.
+//! - [`routes`]: what becomes of a host's routes, as its kernel tells it.
 //! - [`faults`]: nodes switched off, links cut, lossy or narrow.
 //! - [`apiserver`]: a Kubernetes API server on a host, with its store.
 //!
@@ -26,6 +27,7 @@ pub mod guard;
 pub mod host;
 pub mod member;
 pub mod mesh;
+pub mod routes;
 mod sys;
 pub mod topology;
 pub mod traffic;

@@ -1,6 +1,7 @@
 //! Measurements against budgets. Never part of the tests: a number depends on the machine, so a budget is a ratio or a
 //! difference of one run wherever that says enough, else a size or a time with room to spare.
 
+mod control;
 mod datapath;
 mod ends;
 mod failover;
@@ -40,7 +41,10 @@ enum What {
     /// How long traffic stands still when a gateway or a link fails, and what a drain and a restart lose. Goes on where it
     /// was ended.
     Failover(failover::Args),
-    /// Makes the page of what `datapath` and `failover` found last, with its plots.
+    /// What a mesh of many members costs worker and gateway of a cluster with a real API server: time from the change of an
+    /// object to the kernel, memory, requests.
+    Control(control::Args),
+    /// Makes the page of what `datapath`, `failover` and `control` found last, with its plots.
     Plot(plot::Args),
 }
 
@@ -49,6 +53,7 @@ impl Args {
     pub fn needs(&self) -> Option<For> {
         match &self.what {
             What::Tunnel(_) => Some(For::Bench),
+            What::Control(_) => Some(For::Control),
             What::Datapath(_) | What::Failover(_) => Some(For::Lab),
             What::Plot(_) => None,
         }
@@ -63,6 +68,7 @@ pub fn run(args: &Args, carrick: impl FnOnce() -> anyhow::Result<PathBuf>) -> an
         What::Tunnel(args) => tunnel::run(args, &carrick()?),
         What::Datapath(args) => datapath::run(args, &carrick()?),
         What::Failover(args) => failover::run(args, &carrick()?),
+        What::Control(args) => control::run(args, &carrick()?),
         What::Plot(args) => plot::run(args),
     }
 }

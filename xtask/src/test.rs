@@ -3,7 +3,7 @@
 //! Invariant: nothing counts as passed that did not run. A step whose precondition failed is a failure, so is an ignored
 //! test, and so is a run without any test.
 
-use std::{fmt, fs, process::Command};
+use std::{fmt, fs, path::Path, process::Command};
 
 use anyhow::Context;
 use clap::ValueEnum;
@@ -32,15 +32,6 @@ impl Step {
         names.is_empty() || asked(self) || STEPS.iter().any(|step| step.needs == Some(self.name) && asked(step))
     }
 }
-
-/// The programs that the tests on an API server run, and the variables by which they find them.
-const PROGRAMS: [(&str, &tools::Tool); 5] = [
-    ("CARRICK_ETCD", &tools::ETCD),
-    ("CARRICK_KINE", &tools::KINE),
-    ("CARRICK_KUBE_APISERVER", &tools::KUBE_APISERVER),
-    ("CARRICK_KUBECTL", &tools::KUBECTL),
-    ("CARRICK_HELM", &tools::HELM),
-];
 
 /// Packets for the programs in each guest: what is looked for there is that the kernel takes them.
 const GUEST_CASES: u32 = 200;
@@ -97,14 +88,30 @@ fn test() -> anyhow::Result<process::Ended> {
     let mut command = workspace::cargo();
     command.args(["test", "--release", "--locked", "--package", "tests", "--no-fail-fast"]);
     command.args(["--", "--test-threads", "1"]);
+    name_programs(&mut command, &workspace::carrick_path()?)?;
+    let lab = process::run("test, the lab", &mut command)?;
+    Ok(process::Ended { success: unit.success && lab.success, output: unit.output + &lab.output })
+}
+
+/// The programs that the package `tests` runs on an API server, and the variables by which it finds them.
+const PROGRAMS: [(&str, &tools::Tool); 5] = [
+    ("CARRICK_ETCD", &tools::ETCD),
+    ("CARRICK_KINE", &tools::KINE),
+    ("CARRICK_KUBE_APISERVER", &tools::KUBE_APISERVER),
+    ("CARRICK_KUBECTL", &tools::KUBECTL),
+    ("CARRICK_HELM", &tools::HELM),
+];
+
+/// Names all of them to it, and the `carrick` that it runs.
+pub fn name_programs(command: &mut Command, carrick: &Path) -> anyhow::Result<()> {
+    command.env("CARRICK_BIN", carrick);
     for (variable, tool) in PROGRAMS {
         command.env(variable, tool.path()?);
     }
     let objects = workspace::target_dir()?.join("chart.json");
     fs::write(&objects, chart::objects()?.to_string()).with_context(|| format!("write {}", objects.display()))?;
     command.env("CARRICK_CHART_OBJECTS", objects);
-    let lab = process::run("test, the lab", command.env("CARRICK_BIN", workspace::carrick_path()?))?;
-    Ok(process::Ended { success: unit.success && lab.success, output: unit.output + &lab.output })
+    Ok(())
 }
 
 /// Runs the steps, all of them even if one fails; true if all passed.

@@ -1,7 +1,7 @@
 //! Connection tracking entries that were masqueraded before our nft table stood: they would stay so for life, because a
 //! connection's mapping is chosen once, by its first packet. Deleted, the next packet makes the entry anew.
 //!
-//! A small encoding of ctnetlink (include/uapi/linux/netfilter/nfnetlink_conntrack.h), over one blocking socket.
+//! A small encoding of ctnetlink (include/uapi/linux/netfilter/nfnetlink_conntrack.h).
 
 use std::{
     collections::BTreeSet,
@@ -10,14 +10,13 @@ use std::{
 };
 
 use ipnetwork::IpNetwork;
-use netlink_packet_core::{
-    NLA_F_NESTED, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlaBuffer, NlasIterator,
-};
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use netlink_packet_core::{NLA_F_NESTED, NLM_F_ACK, NLM_F_DUMP};
+use netlink_sys::Socket;
 
 use super::{
+    netfilter::{NFGENMSG, connect, message, nlas, receive},
     prefix,
-    rtnl::{absent_is_done, is},
+    rtnl::absent_is_done,
 };
 
 const CT_GET: u16 = (libc::NFNL_SUBSYS_CTNETLINK as u16) << 8 | 1;
@@ -37,15 +36,10 @@ const CTA_IP_V6_DST: u16 = 4;
 /// The source of the connection was changed.
 const IPS_SRC_NAT: u32 = 1 << 4;
 
-const NLMSG_HEADER: usize = 16;
-const NFGENMSG: usize = 4;
-
 /// Deletes the entries from an own to a remote range, (own, remote), whose replies are not addressed to their source.
 /// Returns how many there were. Blocks.
 pub(super) fn forget_masqueraded(pairs: &BTreeSet<(IpNetwork, IpNetwork)>) -> io::Result<usize> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
+    let socket = connect()?;
     // There are few combinations of lengths, however many pairs.
     let lengths: BTreeSet<(u8, u8)> = pairs.iter().map(|(own, remote)| (own.prefix(), remote.prefix())).collect();
     let within = |source, remote| {
@@ -95,30 +89,6 @@ fn delete(socket: &Socket, family: u8, key: Vec<u8>) -> io::Result<()> {
     receive(socket, |_| {})
 }
 
-/// Reads the answers to one request, up to its end.
-fn receive(socket: &Socket, mut each: impl FnMut(&[u8])) -> io::Result<()> {
-    loop {
-        let (datagram, _) = match socket.recv_from_full() {
-            Err(error) if is(&error, &[libc::EINTR]) => continue,
-            received => received?,
-        };
-        let mut rest = datagram.as_slice();
-        while rest.len() >= NLMSG_HEADER {
-            let message = NetlinkBuffer::new_checked(rest).map_err(malformed)?;
-            let payload = message.payload();
-            match message.message_type() {
-                NLMSG_DONE | NLMSG_ERROR => {
-                    let code = payload.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
-                    return if code < 0 { Err(io::Error::from_raw_os_error(-code)) } else { Ok(()) };
-                }
-                _ => each(payload),
-            }
-            let aligned = (message.length() as usize).next_multiple_of(4);
-            rest = rest.get(aligned..).unwrap_or_default();
-        }
-    }
-}
-
 /// `None` for an entry that is not masqueraded.
 fn entry(attributes: &[u8]) -> Option<Masqueraded> {
     let (mut original, mut reply, mut key) = (None, None, Vec::new());
@@ -157,33 +127,12 @@ fn address(value: &[u8]) -> Option<IpAddr> {
     v4.or_else(|_| <[u8; 16]>::try_from(value).map(|bytes| IpAddr::V6(Ipv6Addr::from(bytes)))).ok()
 }
 
-fn nlas(buffer: &[u8]) -> impl Iterator<Item = NlaBuffer<&[u8]>> {
-    NlasIterator::new(buffer).map_while(Result::ok)
-}
-
 fn attribute(buffer: &mut Vec<u8>, kind: u16, value: &[u8]) {
     let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
     buffer.extend(length.to_ne_bytes());
     buffer.extend(kind.to_ne_bytes());
     buffer.extend(value);
     buffer.resize(buffer.len().next_multiple_of(4), 0);
-}
-
-fn message(kind: u16, flags: u16, family: u8, attributes: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(NLMSG_HEADER + NFGENMSG + attributes.len()).unwrap_or(u32::MAX);
-    let mut message = Vec::new();
-    message.extend(length.to_ne_bytes());
-    message.extend(kind.to_ne_bytes());
-    message.extend((NLM_F_REQUEST | flags).to_ne_bytes());
-    // Sequence and port: one request at a time is under way.
-    message.extend([0; 8]);
-    message.extend([family, 0, 0, 0]);
-    message.extend(attributes);
-    message
-}
-
-fn malformed(error: netlink_packet_core::DecodeError) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error.to_string())
 }
 
 #[cfg(test)]
@@ -253,7 +202,7 @@ mod tests {
                 (net("10.42.0.0/24"), net("10.45.0.0/24")),
                 (net("fd42::/48"), net("fd44::/48")),
             ]);
-            crate::kernel::nft::write(Some(&Nft { keep_source: keep_source.clone(), ..Nft::default() })).unwrap();
+            crate::kernel::nft::write(Some(Nft { keep_source: keep_source.clone(), ..Nft::default() }), None).unwrap();
             let forgotten = forget_masqueraded(&keep_source).unwrap();
             let after = entries();
             assert_eq!(forget_masqueraded(&keep_source).unwrap(), 0);

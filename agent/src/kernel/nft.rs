@@ -1,4 +1,5 @@
-//! The nftables table `inet carrick`: rendered whole, replaced in one transaction, read back and compared whole.
+//! The nftables table `inet carrick`: rendered whole, read back and compared whole. Where it stands, elements of its sets are
+//! added and taken; all else is replaced, in one transaction.
 //!
 //! Chain `keep_source` runs just before the CNI's masquerade (NAT postrouting, priority srcnat - 1) and maps the source of
 //! what goes from an own range to a remote one to itself: a connection that has a mapping is skipped by every later NAT
@@ -17,21 +18,29 @@ mod run;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
+    io,
     net::IpAddr,
 };
 
 use ipnetwork::IpNetwork;
+use netlink_packet_core::NLM_F_ACK;
 use serde_json::{Value, json};
 
 pub use self::run::Error;
 use self::run::{run, succeed};
-use super::prefix;
+use super::{
+    netfilter::{NFGENMSG, connect, message, nlas, receive},
+    prefix,
+};
 use crate::state::Nft;
 
 /// The table's name; its family is `inet`.
 pub(super) const TABLE: &str = "carrick";
 
 const NFT: &str = "nft";
+/// NFT_MSG_GETGEN, and NFTA_GEN_ID of its answer (include/uapi/linux/netfilter/nf_tables.h).
+const GET_GENERATION: u16 = (libc::NFNL_SUBSYS_NFTABLES as u16) << 8 | 16;
+const GENERATION: u16 = 1;
 type Pairs = BTreeSet<(IpNetwork, IpNetwork)>;
 
 /// The sets of one address family.
@@ -52,8 +61,44 @@ const FAMILIES: [Sets; 2] = [
 const HOP_WANTED: &str = "hop_wanted";
 const NATIVE: &str = "native";
 
-/// The table, if it is there and undamaged.
-pub(super) fn read() -> Result<Option<Nft>, Error> {
+/// The table as it was at one of the kernel's generations of all tables: each transaction, whosever, makes another. A
+/// listing takes as many milliseconds as there are tens of ranges, and most passes find what the last one found.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    /// 0, which the kernel leaves out: it was written, and not read since.
+    generation: u32,
+    table: Option<Nft>,
+}
+
+impl Seen {
+    pub(super) fn table(&self) -> Option<&Nft> {
+        self.table.as_ref()
+    }
+}
+
+/// The table, if it is there and undamaged: as it was seen, where nothing has changed since.
+pub(super) fn read(seen: Option<Seen>) -> Result<Seen, Error> {
+    // Asked before the table is: what is changed in between is another generation.
+    let generation = generation().map_err(Error::Generation)?;
+    match seen {
+        Some(seen) if seen.generation == generation => Ok(seen),
+        _ => Ok(Seen { generation, table: list()? }),
+    }
+}
+
+fn generation() -> io::Result<u32> {
+    let socket = connect()?;
+    socket.send(&message(GET_GENERATION, NLM_F_ACK, libc::AF_UNSPEC as u8, &[]), 0)?;
+    let mut found = None;
+    receive(&socket, |payload| {
+        let mut attributes = payload.get(NFGENMSG..).into_iter().flat_map(nlas);
+        let id = attributes.find(|attribute| attribute.kind() == GENERATION);
+        found = found.or(id.and_then(|id| Some(u32::from_be_bytes(*id.value().first_chunk()?))));
+    })?;
+    found.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "an answer without a generation"))
+}
+
+fn list() -> Result<Option<Nft>, Error> {
     let listed = run(NFT, &["--json", "list", "table", "inet", TABLE], "")?;
     if listed.status.success() {
         return parse(&String::from_utf8_lossy(&listed.stdout));
@@ -66,11 +111,46 @@ pub(super) fn read() -> Result<Option<Nft>, Error> {
     Ok(None)
 }
 
-/// Replaces the table in one transaction, or deletes it, and makes sure that it reads back as it was written.
-pub(super) fn write(wanted: Option<&Nft>) -> Result<(), Error> {
-    let text = wanted.map_or_else(|| blank_slate().to_owned(), render);
-    succeed("-f", run(NFT, &["-f", "-"], &text)?)?;
-    if read()?.as_ref() == wanted { Ok(()) } else { Err(Error::Changed) }
+/// Changes the table in one transaction, or deletes it. One that is replaced is made sure to read back as it was written.
+pub(super) fn write(wanted: Option<Nft>, seen: Option<Seen>) -> Result<Seen, Error> {
+    let stands = seen.and_then(|seen| seen.table);
+    let steps = stands.zip(wanted.as_ref()).and_then(|(stands, wanted)| steps(&stands, wanted));
+    let stepped = match &steps {
+        Some(nothing) if nothing.is_empty() => true,
+        // Refused, if somebody was here since the table was seen.
+        Some(steps) => run(NFT, &["-f", "-"], steps)?.status.success(),
+        None => false,
+    };
+    if !stepped {
+        let text = wanted.as_ref().map_or_else(|| blank_slate().to_owned(), render);
+        succeed("-f", run(NFT, &["-f", "-"], &text)?)?;
+        if list()? != wanted {
+            return Err(Error::Changed);
+        }
+    }
+    Ok(Seen { generation: 0, table: wanted })
+}
+
+/// What `nft -f -` is given to make one table the other, by its sets' elements alone; `None`: its rules are others, too.
+fn steps(from: &Nft, to: &Nft) -> Option<String> {
+    if (from.hop_port, from.hop_sources) != (to.hop_port, to.hop_sources) {
+        return None;
+    }
+    let [from, to] =
+        [from, to].map(|nft| sets(nft).into_iter().map(|set| (set.name, set.elements.into_iter().collect())));
+    let sets: Vec<(_, BTreeSet<String>, BTreeSet<String>)> =
+        from.zip(to).map(|((set, a), (_, b))| (set, a, b)).collect();
+    let mut text = String::new();
+    let mut step = |verb: &str, set: &str, elements: Vec<&str>| {
+        if !elements.is_empty() {
+            // Writing to a String cannot fail.
+            let _infallible = writeln!(text, "{verb} element inet {TABLE} {set} {{ {} }}", elements.join(", "));
+        }
+    };
+    // What goes may overlap what comes.
+    sets.iter().for_each(|(set, from, to)| step("delete", set, from.difference(to).map(String::as_str).collect()));
+    sets.iter().for_each(|(set, from, to)| step("add", set, to.difference(from).map(String::as_str).collect()));
+    Some(text)
 }
 
 fn names_ours(list: &Value) -> bool {
@@ -86,21 +166,13 @@ fn blank_slate() -> &'static str {
 pub fn render(nft: &Nft) -> String {
     let mut text = blank_slate().to_owned();
     text.push_str("table inet carrick {\n");
-    for family in &FAMILIES {
-        let (keep, address) = (family.select(&nft.keep_source), family.address);
-        let elements = disjoint(&keep).into_iter().map(|(a, b)| format!("{a} . {b}"));
-        set_text(&mut text, family.keep, &format!("{address} . {address}; flags interval"), elements);
-        let one = |n: &IpNetwork| format!("{} . {}", n.network(), n.prefix());
-        let elements = keep.iter().map(|(a, b)| format!("{} . {}", one(a), one(b)));
-        set_text(&mut text, family.keep_wanted, &format!("{address} . mark . {address} . mark"), elements);
-        let nodes = nft.nodes.iter().filter(|node| node.is_ipv4() == family.ipv4);
-        set_text(&mut text, family.nodes, address, nodes.map(IpAddr::to_string));
+    for Set { name, kind, elements } in sets(nft) {
+        let elements =
+            if elements.is_empty() { String::new() } else { format!(" elements = {{ {} }};", elements.join(", ")) };
+        // Writing to a String cannot fail.
+        let _infallible = writeln!(text, "  set {name} {{ type {kind};{elements} }}");
     }
-    let (port, (first, last)) = (nft.hop_port, nft.hop_sources);
-    set_text(&mut text, NATIVE, "ifname", nft.native.iter().map(|name| format!("\"{name}\"")));
-    let ports = "inet_service . inet_service . inet_service";
-    set_text(&mut text, HOP_WANTED, ports, [format!("{port} . {first} . {last}")].into_iter());
-    text.push_str(&chains(port, (first, last)));
+    text.push_str(&chains(nft.hop_port, nft.hop_sources));
     text.push_str("}\n");
     text
 }
@@ -110,12 +182,42 @@ pub(super) fn can_say(link: &str) -> bool {
     link.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"*\\".contains(&byte))
 }
 
-fn set_text(text: &mut String, set: &str, kind: &str, elements: impl Iterator<Item = String>) {
-    let elements: Vec<String> = elements.collect();
-    let elements =
-        if elements.is_empty() { String::new() } else { format!(" elements = {{ {} }};", elements.join(", ")) };
-    // Writing to a String cannot fail.
-    let _infallible = writeln!(text, "  set {set} {{ type {kind};{elements} }}");
+/// A set, as it is written.
+struct Set {
+    name: &'static str,
+    kind: String,
+    elements: Vec<String>,
+}
+
+/// Those of a table, always the same ones in the same order.
+fn sets(nft: &Nft) -> Vec<Set> {
+    let mut sets = Vec::new();
+    for family in &FAMILIES {
+        let (keep, address) = (family.select(&nft.keep_source), family.address);
+        let one = |n: &IpNetwork| format!("{} . {}", n.network(), n.prefix());
+        let nodes = nft.nodes.iter().filter(|node| node.is_ipv4() == family.ipv4);
+        sets.extend([
+            Set {
+                name: family.keep,
+                kind: format!("{address} . {address}; flags interval"),
+                elements: disjoint(&keep).into_iter().map(|(a, b)| format!("{a} . {b}")).collect(),
+            },
+            Set {
+                name: family.keep_wanted,
+                kind: format!("{address} . mark . {address} . mark"),
+                elements: keep.iter().map(|(a, b)| format!("{} . {}", one(a), one(b))).collect(),
+            },
+            Set { name: family.nodes, kind: address.to_owned(), elements: nodes.map(IpAddr::to_string).collect() },
+        ]);
+    }
+    let (port, (first, last)) = (nft.hop_port, nft.hop_sources);
+    let native = nft.native.iter().map(|name| format!("\"{name}\"")).collect();
+    let ports = "inet_service . inet_service . inet_service".to_owned();
+    sets.extend([
+        Set { name: NATIVE, kind: "ifname".to_owned(), elements: native },
+        Set { name: HOP_WANTED, kind: ports, elements: vec![format!("{port} . {first} . {last}")] },
+    ]);
+    sets
 }
 
 fn chains(port: u16, (first, last): (u16, u16)) -> String {
@@ -384,9 +486,29 @@ mod tests {
         #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
         #[test]
         fn the_kernel_takes_and_returns_every_table(nft in any_nft()) {
-            let (written, read) = in_netns(|| async { (write(Some(&nft)), read()) });
+            let (written, read) = in_netns(|| async { (write(Some(nft.clone()), None), list()) });
             prop_assert!(written.is_ok(), "{:?}\n{}", written, render(&nft));
             prop_assert_eq!(read.unwrap(), Some(nft));
+        }
+
+        /// Step by step, and where somebody was there in between.
+        #[test]
+        fn one_table_becomes_the_other(from in any_nft(), to in any_nft(), ports in any::<bool>(), meddled in any::<bool>()) {
+            let to = if ports { to } else { Nft { hop_port: from.hop_port, hop_sources: from.hop_sources, ..to } };
+            let (written, read) = in_netns(|| async {
+                let seen = write(Some(from.clone()), None).unwrap();
+                if meddled {
+                    sh("nft flush ruleset");
+                } else if let Some(steps) = steps(&from, &to) {
+                    // It must not be by the other way that it comes out right.
+                    succeed("steps", run(NFT, &["--check", "-f", "-"], &steps).unwrap()).unwrap();
+                }
+                (write(Some(to.clone()), Some(seen)), list())
+            });
+            prop_assert!(written.is_ok(), "{:?}\n{:?}", written, steps(&from, &to));
+            // Where there is nothing to write nobody looks: the next reading does.
+            let nothing_to_write = steps(&from, &to).is_some_and(|steps| steps.is_empty());
+            prop_assert!(read.unwrap() == Some(to) || (meddled && nothing_to_write));
         }
     }
 
@@ -450,6 +572,43 @@ mod tests {
     }
 
     #[test]
+    fn what_was_seen_stands_until_somebody_changes_anything() {
+        let nft = Nft { hop_port: 1, hop_sources: (2, 3), ..Nft::default() };
+        in_netns(|| async {
+            let written = write(Some(nft.clone()), None).unwrap();
+            let seen = read(Some(written)).unwrap();
+            assert!(seen.generation != 0 && seen.table() == Some(&nft));
+            // It is not asked again: this could not be read.
+            let other = Nft { hop_port: 9, ..nft.clone() };
+            let kept = read(Some(Seen { table: Some(other.clone()), ..seen })).unwrap();
+            assert_eq!(kept.table(), Some(&other));
+            sh("nft add table ip others");
+            let seen = read(Some(kept)).unwrap();
+            assert_eq!(seen.table(), Some(&nft));
+            sh("nft delete table inet carrick");
+            assert_eq!(read(Some(seen)).unwrap().table(), None);
+        });
+    }
+
+    #[test]
+    fn a_range_more_and_a_range_less_are_two_elements() {
+        let net = |text: &str| text.parse::<IpNetwork>().unwrap();
+        let pair = |remote| (net("10.42.0.0/16"), net(remote));
+        let kept = BTreeSet::from([pair("10.44.0.0/16"), pair("10.45.0.0/16")]);
+        let from = Nft { keep_source: kept, ..Nft::default() };
+        let to = Nft { keep_source: BTreeSet::from([pair("10.45.0.0/16"), pair("10.46.0.0/16")]), ..Nft::default() };
+        expect_test::expect![[r#"
+            delete element inet carrick keep4 { 10.42.0.0/16 . 10.44.0.0/16 }
+            delete element inet carrick keep4_wanted { 10.42.0.0 . 16 . 10.44.0.0 . 16 }
+            add element inet carrick keep4 { 10.42.0.0/16 . 10.46.0.0/16 }
+            add element inet carrick keep4_wanted { 10.42.0.0 . 16 . 10.46.0.0 . 16 }
+        "#]]
+        .assert_eq(&steps(&from, &to).unwrap());
+        assert_eq!(steps(&from, &from).unwrap(), "");
+        assert_eq!(steps(&from, &Nft { hop_port: 1, ..to }), None);
+    }
+
+    #[test]
     fn errors_name_the_package_and_repeat_what_nft_says() {
         assert!(matches!(run("no-such-nft", &[], ""), Err(Error::Missing)));
         assert_eq!(Error::Missing.to_string(), "nft is not installed: install the package `nftables`");
@@ -461,9 +620,9 @@ mod tests {
     #[test]
     fn a_missing_table_is_none_and_text_that_is_no_listing_an_error() {
         in_netns(|| async {
-            assert_eq!(read().unwrap(), None);
+            assert_eq!(list().unwrap(), None);
             sh("nft add table ip carrick; nft add table inet carrick2");
-            assert_eq!(read().unwrap(), None);
+            assert_eq!(list().unwrap(), None);
         });
         assert!(matches!(parse("table inet carrick {}"), Err(Error::Json(_))));
         assert_eq!(parse("{}").unwrap(), None);

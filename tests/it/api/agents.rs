@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use super::{
     client::Ask,
-    world::{GATEWAY, KEYS, MESH, RANGES, RBAC, VA, WORKER, World, advertisement, cluster},
+    kubernetes::{GATEWAY, Kubernetes, MESH, WORKER},
+    world::{KEYS, RANGES, RBAC, VA, World, advertisement, cluster},
 };
 use crate::joined::{SOON, says};
 
@@ -218,7 +219,7 @@ pub(super) fn a_server_that_hangs_and_one_that_has_forgotten_take_nothing_away(w
     for n in 0..20 {
         world.put("routeadvertisements", &[advertisement("va", &[VA, &format!("10.45.{n}.0/24")])])?;
     }
-    let World { server, lab, .. } = &mut *world;
+    let Kubernetes { server, lab, .. } = &mut **world;
     server.compact(&lab.internet)?;
     server.restart(&lab.internet)?;
     world.wait_ready()?;

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use super::{
     client::{Answer, Ask},
-    world::{ADMIN, KEYS, MESH, RANGES, World, advertisement, cluster, mesh_gateway, object},
+    kubernetes::{ADMIN, MESH, object},
+    world::{KEYS, RANGES, World, advertisement, cluster, mesh_gateway},
 };
 
 const CASES: &str = include_str!("cases/crds.txt");

@@ -8,7 +8,8 @@ use lab::wait_for;
 
 use super::{
     client::Ask,
-    world::{ADMIN, GATEWAY, MESH, TENANT, World, program},
+    kubernetes::{ADMIN, GATEWAY, MESH, program},
+    world::{TENANT, World},
 };
 use crate::joined::SOON;
 

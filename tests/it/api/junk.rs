@@ -11,8 +11,9 @@ use serde_json::json;
 
 use super::{
     client::Ask,
-    watches::asked,
-    world::{ADMIN, GATEWAY, MESH, TENANT, VA, WORKER, World, advertisement, object},
+    counts::asked,
+    kubernetes::{ADMIN, GATEWAY, MESH, WORKER, object},
+    world::{TENANT, VA, World, advertisement},
 };
 
 /// Advertisements that a member's team makes, each refused: as many as fit into the time that all checks may take.

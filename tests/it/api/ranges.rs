@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 use super::{
     agents::CRDS,
     client::Ask,
-    watches::asked,
-    world::{GATEWAY, KEYS, MESH, RANGES, RBAC, VA, WORKER, World, advertisement, cluster},
+    counts::asked,
+    kubernetes::{GATEWAY, MESH, WORKER},
+    world::{KEYS, RANGES, RBAC, VA, World, advertisement, cluster},
 };
 use crate::joined::{SOON, says};
 

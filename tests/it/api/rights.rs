@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use super::{
     client::{Answer, Ask},
-    world::{ADMIN, CARRICK, KEYS, KUBELET, NEW_KUBELET, TENANT, World, advertisement, cluster, object},
+    kubernetes::{ADMIN, CARRICK, object},
+    world::{KEYS, KUBELET, NEW_KUBELET, TENANT, World, advertisement, cluster},
 };
 
 const CASES: &str = include_str!("cases/rights.txt");

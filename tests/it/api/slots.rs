@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use super::{
     client::Ask,
-    world::{GATEWAY, MESH, World},
+    kubernetes::{GATEWAY, MESH},
+    world::World,
 };
 
 /// The other node's clock is half an hour ahead, and ten times as fast.

@@ -6,7 +6,10 @@ use anyhow::{Context, Result, ensure};
 use expect_test::{Expect, expect};
 use serde_json::Value;
 
-use super::world::{GATEWAY, WORKER, World};
+use super::{
+    counts::{asked, bytes, count_bytes},
+    world::World,
+};
 
 /// How long nothing happens. A watch is asked for again after minutes.
 const QUIET: Duration = Duration::from_secs(8);
@@ -21,7 +24,7 @@ pub(super) fn a_steady_cluster_is_not_asked_for_anything(world: &mut World) -> R
     count_bytes(world)?;
     let _running = world.start_both()?;
     let begun = world.server.audit()?.len();
-    let bytes = bytes(world)?;
+    let to_start = bytes(world)?;
     sleep(QUIET);
     let audit = world.server.audit()?;
     let (worker, gateway) = (asked(&audit[seen..], "worker"), asked(&audit[seen..], "gateway"));
@@ -29,7 +32,7 @@ pub(super) fn a_steady_cluster_is_not_asked_for_anything(world: &mut World) -> R
     let later = audit[begun..].iter().filter(|event| event["stage"] == "ResponseComplete" && !is_status(event)).count();
     let often: Vec<_> = gateway.iter().filter(|(request, times)| request.contains("/status ") && **times > 2).collect();
     ensure!(often.is_empty(), "of an object status is written once in 10 s: {often:?}");
-    println!("bytes to start, mn-0 and mn-1: {bytes:?}; in {QUIET:?} after: {:?}", self::bytes(world)?);
+    println!("bytes to start, mn-0 and mn-1: {to_start:?}; in {QUIET:?} after: {:?}", bytes(world)?);
     println!(
         "requests a minute in a steady cluster: worker {:.2}, gateway {:.2}",
         pace(&worker)?,
@@ -109,40 +112,12 @@ fn by_a_gateway() -> Expect {
     "#]]
 }
 
-/// Requests of the account, each with how often: verb, kind, and the parameters that say what is wanted.
-pub(crate) fn asked(audit: &[Value], account: &str) -> BTreeMap<String, usize> {
-    let user = format!("system:serviceaccount:carrick:carrick-{account}");
-    let mut asked = BTreeMap::new();
-    let mut known = Vec::new();
-    for event in audit.iter().filter(|event| event["user"]["username"] == *user) {
-        if !known.contains(&&event["auditID"]) {
-            known.push(&event["auditID"]);
-            *asked.entry(request(event)).or_default() += 1;
-        }
-    }
-    asked
-}
-
-fn request(event: &Value) -> String {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let uri = text(&event["requestURI"]);
-    let (path, query) = uri.split_once('?').unwrap_or((&uri, ""));
-    let mut parameters: Vec<&str> = query.split('&').filter(|parameter| !parameter.is_empty()).collect();
-    // Which version it was at is no matter, but whether one is named is.
-    for parameter in &mut parameters {
-        if parameter.starts_with("resourceVersion=") && *parameter != "resourceVersion=0" {
-            *parameter = "resourceVersion=N";
-        }
-    }
-    parameters.sort_unstable();
-    format!("{} {path} {}", text(&event["verb"]), parameters.join(" ")).trim_end().to_owned()
-}
-
 fn shown(asked: &BTreeMap<String, usize>) -> String {
-    // How often status comes to be written at a start, and whether an event with it, depends on who is heard first.
+    // How often status comes to be written at a start, and whether an event with it, depends on who is heard first; and
+    // only who has no key makes one.
     let times =
         |request: &str, times: &usize| if request.contains("/status ") { "some".to_owned() } else { times.to_string() };
-    let steady = asked.iter().filter(|(request, _)| !request.contains("/events"));
+    let steady = asked.iter().filter(|(request, _)| !request.contains("/events") && !request.starts_with("update "));
     steady.map(|(request, seen)| format!("{} x {request}\n", times(request, seen))).collect()
 }
 
@@ -156,36 +131,4 @@ fn pace(asked: &BTreeMap<String, usize>) -> Result<f64> {
             Ok(60.0 / seconds)
         })
         .sum()
-}
-
-/// Counts what the API server sends to each node and gets from it.
-fn count_bytes(world: &World) -> Result<()> {
-    let mut rules = "add table inet count\ndelete table inet count\ntable inet count {\n".to_owned();
-    let nodes: Vec<_> = [GATEWAY, WORKER].into_iter().map(|node| world.node(node)).collect();
-    for node in &nodes {
-        rules += &format!("counter {} {{}}\n", node.host.name());
-    }
-    for (hook, side) in [("input", "s"), ("output", "d")] {
-        rules += &format!("chain {hook} {{ type filter hook {hook} priority 0\n");
-        for node in &nodes {
-            rules += &format!(
-                "ip {side}addr {} tcp {side2}port 6443 counter name {}\n",
-                node.addresses[0],
-                node.host.name(),
-                side2 = if side == "s" { "d" } else { "s" }
-            );
-        }
-        rules += "}\n";
-    }
-    world.lab.internet.nft(&(rules + "}\n"))
-}
-
-fn bytes(world: &World) -> Result<BTreeMap<String, u64>> {
-    let text = world.lab.internet.output("nft", &["-j", "list", "counters", "table", "inet", "count"])?;
-    let listed: Value = serde_json::from_str(&text)?;
-    let counters = listed["nftables"].as_array().context("counters")?.iter().filter_map(|entry| {
-        let counter = entry.get("counter")?;
-        Some((counter["name"].as_str()?.to_owned(), counter["bytes"].as_u64()?))
-    });
-    Ok(counters.collect())
 }

@@ -11,6 +11,7 @@ use lab::Cni;
 
 use self::svg::{Bar, Line, Panel};
 use super::{
+    control::{self, Run},
     failover::{Kind, Log},
     report::{Measured, digits},
     saved::{self, Datapath},
@@ -33,16 +34,20 @@ pub struct Args {
 /// True: what was not measured yet is an error.
 pub fn run(args: &Args) -> Result<bool> {
     let (datapath, failover) = (saved::read_datapath()?, Log::read(Cni::Bridge)?);
-    let page = page(&datapath, &failover);
+    let control = (control::read(control::BUDGETED[0])?, control::find(control::LARGE)?);
+    let page = page(&datapath, &failover, &control);
     if !args.write {
         print!("{page}");
         return Ok(true);
     }
     let folder = workspace::root().join(FOLDER);
     fs::create_dir_all(&folder).with_context(|| format!("mkdir {}", folder.display()))?;
-    for (file, text) in
-        [("README.md", page), ("datapath.svg", bars(&datapath.results)), ("failover.svg", gaps(&failover))]
-    {
+    let plots = [
+        ("datapath.svg", bars(&datapath.results)),
+        ("failover.svg", gaps(&failover)),
+        ("control.svg", times(&control.0)),
+    ];
+    for (file, text) in [("README.md", page)].into_iter().chain(plots) {
         write(&folder.join(file), &text)?;
     }
     Ok(true)
@@ -54,7 +59,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
     Ok(())
 }
 
-fn page(datapath: &Datapath, failover: &Log) -> String {
+fn page(datapath: &Datapath, failover: &Log, control: &(Run, Option<Run>)) -> String {
     let Datapath { machine, rounds, results } = datapath;
     let events = failover.results();
     let on = &failover.subject.machine;
@@ -91,10 +96,45 @@ what was broken becomes whole again.
 
 ![How long traffic stands still](failover.svg)
 
+{}
 {}",
         table(&compared),
         table(&cost),
-        table(&events)
+        table(&events),
+        control_section(control)
+    )
+}
+
+fn control_section((small, large): &(Run, Option<Run>)) -> String {
+    let on = |run: &Run| format!("{}, whose load was {} when it began", run.machine, digits(run.load));
+    let large = large.as_ref().map_or_else(String::new, |run| {
+        format!(
+            "\nWith {} members, on {}: no budget, and what grows.\n\n{}",
+            run.members,
+            on(run),
+            table(&run.results())
+        )
+    });
+    format!(
+        "## Control plane
+
+`cargo xtask bench control`, on {}.
+
+A real API server on etcd with the chart in it, on the same machine as everything that asks it. One worker and one
+gateway run as in pods, each on a node of its own; {} other members, of two gateways and two RouteAdvertisements each, and
+{} nodes are objects alone, so every link of the gateway is down. A *change* gives a RouteAdvertisement another range. Its time
+begins when its request is sent and ends when the kernel tells (rtnetlink) that the new range is routed, which a pass makes
+last, and the old one is not. The *plain watch* reads the same events, by the same network, and does nothing with them. A *start* has
+nothing kept and nothing in the kernel. Requests are counted by the API server while nothing changes. Bytes are those of IP packets,
+both ways.
+
+![How long a change takes](control.svg)
+
+{}{large}",
+        on(small),
+        small.members,
+        small.nodes,
+        table(&small.results()),
     )
 }
 
@@ -137,6 +177,16 @@ fn bar(result: &Measured) -> Bar {
     }
 }
 
+fn times(run: &Run) -> String {
+    let line = |(name, time): &(&str, fn(&control::Change) -> f64)| Line {
+        name: (*name).to_owned(),
+        values: sorted(run.found.changes.iter().map(time)),
+    };
+    let lines: Vec<Line> = control::SEEN.iter().map(line).collect();
+    let title = format!("Share of changes that are there within, {} members", run.members);
+    svg::distribution(&title, "ms", &lines, control::HALF)
+}
+
 fn gaps(log: &Log) -> String {
     let line = |kind: &Kind| Line {
         name: format!("{}, {} events", kind.name(), log.of(*kind).count()),
@@ -152,6 +202,7 @@ mod tests {
 
     use super::*;
     use crate::bench::{
+        control::tests::example,
         failover::{Event, Subject},
         report::Budget,
         saved::Machine,
@@ -236,7 +287,91 @@ mod tests {
             | drain, gap p50 | 3 | ms |  |  |
             | drain, gap max | 3 | ms |  |  |
             | drain, lost in all | 0 | packets | <= 0 | ok |
-        "#]].assert_eq(&page(&datapath(), &failover()));
+
+            ## Control plane
+
+            `cargo xtask bench control`, on 2 cores of Some CPU, Linux 6.18.0, whose load was 1.50 when it began.
+
+            A real API server on etcd with the chart in it, on the same machine as everything that asks it. One worker and one
+            gateway run as in pods, each on a node of its own; 100 other members, of two gateways and two RouteAdvertisements each, and
+            1000 nodes are objects alone, so every link of the gateway is down. A *change* gives a RouteAdvertisement another range. Its time
+            begins when its request is sent and ends when the kernel tells (rtnetlink) that the new range is routed, which a pass makes
+            last, and the old one is not. The *plain watch* reads the same events, by the same network, and does nothing with them. A *start* has
+            nothing kept and nothing in the kernel. Requests are counted by the API server while nothing changes. Bytes are those of IP packets,
+            both ways.
+
+            ![How long a change takes](control.svg)
+
+            | what | value | | budget | |
+            |---|--:|---|---|---|
+            | change, plain watch, p50 | 8 | ms |  |  |
+            | change, plain watch, p99 | 10 | ms |  |  |
+            | change, plain watch, max | 10 | ms |  |  |
+            | change, worker, p50 | 24 | ms | <= 50 | ok |
+            | change, worker, p99 | 30 | ms | <= 500 | ok |
+            | change, worker, max | 30 | ms |  |  |
+            | **change, gateway, p50** | **60** | ms | <= 50 | MISSED by 20 % |
+            | change, gateway, p99 | 480 | ms | <= 500 | ok |
+            | change, gateway, max | 480 | ms |  |  |
+            | change, worker, over the plain watch, p50 | 3 | x |  |  |
+            | change, gateway, over the plain watch, p50 | 8.50 | x |  |  |
+            | **memory, gateway, resident** | **44** | MiB | <= 40 | MISSED by 10 % |
+            | memory, gateway, most ever resident | 50 | MiB |  |  |
+            | memory, gateway, proportional | 40 | MiB |  |  |
+            | memory, tunnel, resident | 50 | MiB |  |  |
+            | memory, tunnel, most ever resident | 50 | MiB |  |  |
+            | memory, tunnel, proportional | 50 | MiB |  |  |
+            | memory, worker, resident | 20 | MiB | <= 25 | ok |
+            | memory, worker, most ever resident | 22 | MiB |  |  |
+            | memory, worker, proportional | 18 | MiB |  |  |
+            | requests, worker | 1.40 | a minute | <= 2 | ok |
+            | requests, gateway | 3 | a minute | <= 4 | ok |
+            | requests, gateway, for its Lease | 4 | a minute | <= 4 | ok |
+            | processor, gateway | 1.20 | % |  |  |
+            | processor, worker | 0.30 | % |  |  |
+            | start until routed, worker | 400 | ms |  |  |
+            | bytes of a start, worker | 200 | KiB |  |  |
+            | bytes of a change, worker | 1.50 | KiB |  |  |
+            | start until routed, gateway | 800 | ms |  |  |
+            | bytes of a start, gateway | 6000 | KiB |  |  |
+            | bytes of a change, gateway | 3 | KiB |  |  |
+
+            With 1000 members, on 2 cores of Some CPU, Linux 6.18.0, whose load was 1.50 when it began: no budget, and what grows.
+
+            | what | value | | budget | |
+            |---|--:|---|---|---|
+            | change, plain watch, p50 | 8 | ms |  |  |
+            | change, plain watch, p99 | 10 | ms |  |  |
+            | change, plain watch, max | 10 | ms |  |  |
+            | change, worker, p50 | 24 | ms |  |  |
+            | change, worker, p99 | 30 | ms |  |  |
+            | change, worker, max | 30 | ms |  |  |
+            | change, gateway, p50 | 60 | ms |  |  |
+            | change, gateway, p99 | 480 | ms |  |  |
+            | change, gateway, max | 480 | ms |  |  |
+            | change, worker, over the plain watch, p50 | 3 | x |  |  |
+            | change, gateway, over the plain watch, p50 | 8.50 | x |  |  |
+            | memory, gateway, resident | 44 | MiB |  |  |
+            | memory, gateway, most ever resident | 50 | MiB |  |  |
+            | memory, gateway, proportional | 40 | MiB |  |  |
+            | memory, tunnel, resident | 50 | MiB |  |  |
+            | memory, tunnel, most ever resident | 50 | MiB |  |  |
+            | memory, tunnel, proportional | 50 | MiB |  |  |
+            | memory, worker, resident | 20 | MiB |  |  |
+            | memory, worker, most ever resident | 22 | MiB |  |  |
+            | memory, worker, proportional | 18 | MiB |  |  |
+            | requests, worker | 1.40 | a minute |  |  |
+            | requests, gateway | 3 | a minute |  |  |
+            | requests, gateway, for its Lease | 4 | a minute |  |  |
+            | processor, gateway | 1.20 | % |  |  |
+            | processor, worker | 0.30 | % |  |  |
+            | start until routed, worker | 400 | ms |  |  |
+            | bytes of a start, worker | 200 | KiB |  |  |
+            | bytes of a change, worker | 1.50 | KiB |  |  |
+            | start until routed, gateway | 800 | ms |  |  |
+            | bytes of a start, gateway | 6000 | KiB |  |  |
+            | bytes of a change, gateway | 3 | KiB |  |  |
+        "#]].assert_eq(&page(&datapath(), &failover(), &(example(100), Some(example(1000)))));
     }
 
     #[test]
@@ -247,5 +382,6 @@ mod tests {
         );
         assert!(!text.contains("Gb/s"));
         assert_eq!(gaps(&failover()).matches("<polyline").count(), 2);
+        assert_eq!(times(&example(100)).matches("<polyline").count(), 3);
     }
 }

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf, thread::available_parallelism};
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::report::Measured;
 use crate::workspace;
@@ -56,15 +56,25 @@ pub fn path(file: &str) -> Result<PathBuf> {
 const DATAPATH: &str = "datapath.json";
 
 pub fn write_datapath(run: &Datapath) -> Result<()> {
-    let path = path(DATAPATH)?;
-    fs::write(&path, serde_json::to_string_pretty(run)?).with_context(|| format!("write {}", path.display()))
+    write(DATAPATH, run)
 }
 
 pub fn read_datapath() -> Result<Datapath> {
-    let path = path(DATAPATH)?;
+    read(DATAPATH, "datapath")
+}
+
+/// Into a file of `target/bench`.
+pub fn write(file: &str, run: &impl Serialize) -> Result<()> {
+    let path = path(file)?;
+    fs::write(&path, serde_json::to_string_pretty(run)?).with_context(|| format!("write {}", path.display()))
+}
+
+/// `by`: the benchmark that writes the file, and its arguments.
+pub fn read<T: DeserializeOwned>(file: &str, by: &str) -> Result<T> {
+    let path = path(file)?;
     let text =
-        fs::read_to_string(&path).with_context(|| format!("{}: run `cargo xtask bench datapath`", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("{}: run `cargo xtask bench datapath` again", path.display()))
+        fs::read_to_string(&path).with_context(|| format!("{}: run `cargo xtask bench {by}`", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{}: run `cargo xtask bench {by}` again", path.display()))
 }
 
 #[cfg(test)]

@@ -3,16 +3,16 @@
 use super::{For, Need, What};
 use crate::tools;
 
-const LAB: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Cluster];
+const LAB: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Control, For::Cluster];
 const GUESTS: &[For] = &[For::Test, For::Vm];
-const BUILD: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Vm, For::Cluster, For::Image];
+const BUILD: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Control, For::Vm, For::Cluster, For::Image];
 /// What builds or runs the agent.
-const AGENT: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Cluster, For::Image];
+const AGENT: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Control, For::Cluster, For::Image];
 const CLUSTER: &[For] = &[For::Cluster];
 /// What runs an API server.
-const SERVER: &[For] = &[For::Test, For::Cluster];
-const CHART: &[For] = &[For::Test, For::Chart, For::Cluster];
-const GO: &[For] = &[For::Test, For::Bench, For::Chart, For::Cluster];
+const SERVER: &[For] = &[For::Test, For::Control, For::Cluster];
+const CHART: &[For] = &[For::Test, For::Control, For::Chart, For::Cluster];
+const GO: &[For] = &[For::Test, For::Bench, For::Control, For::Chart, For::Cluster];
 
 /// Everything, in the order in which it is got.
 pub const NEEDS: &[Need] = &[

@@ -241,7 +241,7 @@ fn go_comes_from_pypi_with_what_that_needs() {
 
 #[test]
 fn every_command_needs_root_and_the_table_has_no_twins() {
-    for command in [For::Demo, For::Test, For::Lab, For::Bench] {
+    for command in [For::Demo, For::Test, For::Lab, For::Bench, For::Control] {
         assert!(NEEDS.iter().any(|need| need.what == What::Root && need.by.contains(&command)));
     }
     let mut names: Vec<_> = NEEDS.iter().map(|need| describe(need.what)).collect();

@@ -23,6 +23,8 @@ pub enum Error {
     Missing,
     #[error("cannot run nft")]
     Run(#[source] io::Error),
+    #[error("cannot ask which generation of tables stands")]
+    Generation(#[source] io::Error),
     #[error("nft did not end within {} s and was killed", LIMIT.as_secs())]
     Hung,
     #[error("nft {action}: {stderr}")]
