@@ -162,8 +162,10 @@ pub const HALF: f64 = 50.0;
 /// and one in a hundred longer than this.
 const MOST: f64 = 500.0;
 
+/// When somebody has seen a change, in milliseconds.
+type Seen = fn(&Change) -> f64;
 /// By whom a change is seen.
-pub const SEEN: [(&str, fn(&Change) -> f64); 3] =
+pub const SEEN: [(&str, Seen); 3] =
     [("plain watch", |change| change.watch), ("worker", |change| change.worker), ("gateway", |change| change.gateway)];
 
 impl Found {

@@ -198,7 +198,7 @@ fn gaps(log: &Log) -> String {
 
 #[cfg(test)]
 mod tests {
-    use expect_test::expect;
+    use expect_test::expect_file;
 
     use super::*;
     use crate::bench::{
@@ -231,147 +231,7 @@ mod tests {
 
     #[test]
     fn the_page_shows_every_value_and_what_is_missed() {
-        expect![[r#"
-            # Benchmarks
-
-            Made by `cargo xtask bench plot --write` from the last runs of the commands below. Members, nodes and pods are network
-            namespaces of one machine, the tunnels are Carrick's userspace WireGuard. What has a budget is in bold where it is missed.
-
-            ## Data plane
-
-            `cargo xtask bench datapath`, 7 rounds, on 2 cores of Some CPU, Linux 6.18.0.
-
-            The same pods, nodes and tunnels twice: once with Carrick's hop and programs, once with its agents gone, its programs
-            detached, and kernel routes (`ip route`) leading packets the same way. Both stand side by side and are measured in turns,
-            round trips on one processor; ratio and added time are medians of the rounds' own. *Worker to worker* is pod, worker, gateway,
-            tunnel, gateway, worker, pod: two hops each way, and each is VXLAN, whose own share of a round trip is measured beside them.
-
-            ![Ratios, added time and cost](datapath.svg)
-
-            | what | value | | budget | |
-            |---|--:|---|---|---|
-            | tcp 1 stream, carrick | 2.35 | Gb/s |  |  |
-            | tcp 1 stream, ratio | 0.97 | x | >= 0.95 | ok |
-            | **round trip, added** | **13.2** | us | <= 12 | MISSED by 10 % |
-
-            A packet in the BPF programs, by `BPF_PROG_TEST_RUN`, which itself costs what an empty program does. The middle of several
-            destinations, each asked again and again, so the tables are in the processor's caches.
-
-            | what | value | | budget | |
-            |---|--:|---|---|---|
-            | steer, 4096 prefixes | 120 | ns | <= 150 | ok |
-
-            ## Failover
-
-            `cargo xtask bench failover`, on 2 cores of Some CPU, Linux 6.18.0.
-
-            A flow of 1000 numbered packets a second between pods of two workers, there and back. Members have two gateways each; each
-            event hits a part of the way that the flow takes. The gap is the longest time without an answer. *Mended* is the time when
-            what was broken becomes whole again.
-
-            ![How long traffic stands still](failover.svg)
-
-            | what | value | | budget | |
-            |---|--:|---|---|---|
-            | gateway off, events | 1 |  |  |  |
-            | gateway off, gap p50 | 600 | ms |  |  |
-            | gateway off, gap p99 | 600 | ms | <= 999 | ok |
-            | gateway off, gap max | 600 | ms |  |  |
-            | gateway off, lost p50 | 590 | packets |  |  |
-            | link cut, events | 1 |  |  |  |
-            | link cut, gap p50 | 640 | ms |  |  |
-            | link cut, gap p99 | 640 | ms | <= 999 | ok |
-            | link cut, gap max | 640 | ms |  |  |
-            | link cut, lost p50 | 620 | packets |  |  |
-            | drain, events | 1 |  |  |  |
-            | drain, gap p50 | 3 | ms |  |  |
-            | drain, gap max | 3 | ms |  |  |
-            | drain, lost in all | 0 | packets | <= 0 | ok |
-
-            ## Control plane
-
-            `cargo xtask bench control`, on 2 cores of Some CPU, Linux 6.18.0, whose load was 1.50 when it began.
-
-            A real API server on etcd with the chart in it, on the same machine as everything that asks it. One worker and one
-            gateway run as in pods, each on a node of its own; 100 other members, of two gateways and two RouteAdvertisements each, and
-            1000 nodes are objects alone, so every link of the gateway is down. A *change* gives a RouteAdvertisement another range. Its time
-            begins when its request is sent and ends when the kernel tells (rtnetlink) that the new range is routed, which a pass makes
-            last, and the old one is not. The *plain watch* reads the same events, by the same network, and does nothing with them. A *start* has
-            nothing kept and nothing in the kernel. Requests are counted by the API server while nothing changes. Bytes are those of IP packets,
-            both ways.
-
-            ![How long a change takes](control.svg)
-
-            | what | value | | budget | |
-            |---|--:|---|---|---|
-            | change, plain watch, p50 | 8 | ms |  |  |
-            | change, plain watch, p99 | 10 | ms |  |  |
-            | change, plain watch, max | 10 | ms |  |  |
-            | change, worker, p50 | 24 | ms | <= 50 | ok |
-            | change, worker, p99 | 30 | ms | <= 500 | ok |
-            | change, worker, max | 30 | ms |  |  |
-            | **change, gateway, p50** | **60** | ms | <= 50 | MISSED by 20 % |
-            | change, gateway, p99 | 480 | ms | <= 500 | ok |
-            | change, gateway, max | 480 | ms |  |  |
-            | change, worker, over the plain watch, p50 | 3 | x |  |  |
-            | change, gateway, over the plain watch, p50 | 8.50 | x |  |  |
-            | **memory, gateway, resident** | **44** | MiB | <= 40 | MISSED by 10 % |
-            | memory, gateway, most ever resident | 50 | MiB |  |  |
-            | memory, gateway, proportional | 40 | MiB |  |  |
-            | memory, tunnel, resident | 50 | MiB |  |  |
-            | memory, tunnel, most ever resident | 50 | MiB |  |  |
-            | memory, tunnel, proportional | 50 | MiB |  |  |
-            | memory, worker, resident | 20 | MiB | <= 25 | ok |
-            | memory, worker, most ever resident | 22 | MiB |  |  |
-            | memory, worker, proportional | 18 | MiB |  |  |
-            | requests, worker | 1.40 | a minute | <= 2 | ok |
-            | requests, gateway | 3 | a minute | <= 4 | ok |
-            | requests, gateway, for its Lease | 4 | a minute | <= 4 | ok |
-            | processor, gateway | 1.20 | % |  |  |
-            | processor, worker | 0.30 | % |  |  |
-            | start until routed, worker | 400 | ms |  |  |
-            | bytes of a start, worker | 200 | KiB |  |  |
-            | bytes of a change, worker | 1.50 | KiB |  |  |
-            | start until routed, gateway | 800 | ms |  |  |
-            | bytes of a start, gateway | 6000 | KiB |  |  |
-            | bytes of a change, gateway | 3 | KiB |  |  |
-
-            With 1000 members, on 2 cores of Some CPU, Linux 6.18.0, whose load was 1.50 when it began: no budget, and what grows.
-
-            | what | value | | budget | |
-            |---|--:|---|---|---|
-            | change, plain watch, p50 | 8 | ms |  |  |
-            | change, plain watch, p99 | 10 | ms |  |  |
-            | change, plain watch, max | 10 | ms |  |  |
-            | change, worker, p50 | 24 | ms |  |  |
-            | change, worker, p99 | 30 | ms |  |  |
-            | change, worker, max | 30 | ms |  |  |
-            | change, gateway, p50 | 60 | ms |  |  |
-            | change, gateway, p99 | 480 | ms |  |  |
-            | change, gateway, max | 480 | ms |  |  |
-            | change, worker, over the plain watch, p50 | 3 | x |  |  |
-            | change, gateway, over the plain watch, p50 | 8.50 | x |  |  |
-            | memory, gateway, resident | 44 | MiB |  |  |
-            | memory, gateway, most ever resident | 50 | MiB |  |  |
-            | memory, gateway, proportional | 40 | MiB |  |  |
-            | memory, tunnel, resident | 50 | MiB |  |  |
-            | memory, tunnel, most ever resident | 50 | MiB |  |  |
-            | memory, tunnel, proportional | 50 | MiB |  |  |
-            | memory, worker, resident | 20 | MiB |  |  |
-            | memory, worker, most ever resident | 22 | MiB |  |  |
-            | memory, worker, proportional | 18 | MiB |  |  |
-            | requests, worker | 1.40 | a minute |  |  |
-            | requests, gateway | 3 | a minute |  |  |
-            | requests, gateway, for its Lease | 4 | a minute |  |  |
-            | processor, gateway | 1.20 | % |  |  |
-            | processor, worker | 0.30 | % |  |  |
-            | start until routed, worker | 400 | ms |  |  |
-            | bytes of a start, worker | 200 | KiB |  |  |
-            | bytes of a change, worker | 1.50 | KiB |  |  |
-            | start until routed, gateway | 800 | ms |  |  |
-            | bytes of a start, gateway | 6000 | KiB |  |  |
-            | bytes of a change, gateway | 3 | KiB |  |  |
-        "#]].assert_eq(&page(&datapath(), &failover(), &(example(100), Some(example(1000)))));
+        expect_file!["plot/page.txt"].assert_eq(&page(&datapath(), &failover(), &(example(100), Some(example(1000)))));
     }
 
     #[test]
