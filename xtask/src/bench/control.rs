@@ -128,7 +128,9 @@ fn measure(args: &Args, members: u16, carrick: &Path) -> Result<Run> {
     let wanted = json!({"members": members, "nodes": nodes, "starts": starts, "changes": changes, "steady": steady});
     let mut command = workspace::cargo();
     command.args(["bench", "--locked", "--package", "tests", "--bench", "control", "--", &wanted.to_string()]);
-    name_programs(&mut command, carrick)?;
+    // cargo runs it in its package's folder.
+    let carrick = carrick.canonicalize().with_context(|| carrick.display().to_string())?;
+    name_programs(&mut command, &carrick)?;
     let ended = process::run(&format!("control, {members} members"), &mut command)?;
     if !ended.success {
         bail!("{}\nthe benchmark of the control plane failed", ended.output);
