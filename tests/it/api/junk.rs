@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use lab::carrick::Running;
+use lab::{apiserver::Store, carrick::Running};
 use serde_json::json;
 
 use super::{
@@ -16,8 +16,6 @@ use super::{
     world::{TENANT, VA, World, advertisement},
 };
 
-/// Advertisements that a member's team makes, each refused: as many as fit into the time that all checks may take.
-const JUNK: usize = 5_000;
 /// So many of them are deleted again.
 const DELETED: usize = 200;
 /// MiB: what the chart grants a worker's agent, its BPF maps included.
@@ -25,8 +23,17 @@ const MEMORY: u64 = 128;
 /// How long a change may take to arrive behind all that, on a machine that has more to do.
 const LATE: Duration = Duration::from_secs(120);
 
+/// Advertisements that a member's team makes, each refused: as many as fit into the time that all checks may take.
+fn junk(store: Store) -> usize {
+    match store {
+        Store::Etcd => 5_000,
+        Store::Kine => 1_000,
+    }
+}
+
 pub(super) fn junk_and_giants_hold_nobody_up(world: &mut World) -> Result<()> {
     world.spoil();
+    let made_up = junk(world.store);
     let running = world.start_both()?;
     world.put("meshclusters", &[object("MeshCluster", "junk", &json!({"id": 3, "allowedCIDRs": ["10.99.0.0/16"]}))])?;
     let before = used(&running)?;
@@ -38,7 +45,7 @@ pub(super) fn junk_and_giants_hold_nobody_up(world: &mut World) -> Result<()> {
         junk["metadata"]["name"] = name(n).into();
         Ask::create(&path, junk)
     };
-    world.ask_all(TENANT, (0..JUNK).map(create))?;
+    world.ask_all(TENANT, (0..made_up).map(create))?;
     let made = began.elapsed();
     let giant = json!([{"key": "a", "operator": "In", "values": ["x".repeat(1 << 20)]}]);
     let giant = object("EgressPolicy", "giant", &json!({"podSelector": {"matchExpressions": giant}}));
@@ -46,7 +53,7 @@ pub(super) fn junk_and_giants_hold_nobody_up(world: &mut World) -> Result<()> {
 
     let followed = follow(world, "10.45.1.0/24")?;
     let after = used(&running)?;
-    println!("{JUNK} objects in {made:?}; then a change to another member's arrives in {followed:?}");
+    println!("{made_up} objects in {made:?}; then a change to another member's arrives in {followed:?}");
     println!("MiB at most, and seconds of a processor, of gateway and worker: {before:?}, then {after:?}");
     ensure!(after.iter().all(|(mebibytes, _)| *mebibytes <= MEMORY), "{after:?}, and the chart grants {MEMORY} MiB");
 
