@@ -7,8 +7,12 @@ use anyhow::Result;
 
 use crate::cluster::record::{Machine, output};
 
-/// Words of lines that come and go with pods, and with the cable of a machine that was off: it has another MAC then.
+/// Words of lines that come and go with pods, with the cable of a machine that was off: it has another MAC then, and with
+/// the pod range of a Node that was deleted: it gets another.
 const OTHERS: &[&str] = &[
+    " dev flannel.1 ",
+    ": flannel.1 inet ",
+    ": flannel.1: <",
     "veth",
     "cni0",
     "eth0@if",
@@ -55,9 +59,13 @@ mod tests {
         ] {
             assert!(counts(line), "{line}");
         }
-        for line in
-            ["ip -o link show: 9: veth12: <BROADCAST> (1)", "nft --stateless list ruleset: chain KUBE-SERVICES { (1)"]
-        {
+        for line in [
+            "ip -o link show: 9: veth12: <BROADCAST> (1)",
+            "nft --stateless list ruleset: chain KUBE-SERVICES { (1)",
+            "ip -4 route show table all: 10.42.3.0/24 via 10.42.3.0 dev flannel.1 onlink (1)",
+            "ip -o link show: 3: flannel.1: <BROADCAST,UP> link/ether 86:4d:b4:50:11:44 (1)",
+            "ip -o address show: 3: flannel.1 inet 10.42.3.0/32 scope global flannel.1 (1)",
+        ] {
             assert!(!counts(line), "{line}");
         }
     }
