@@ -374,7 +374,7 @@ impl FromStr for SlotEndpoint {
 
     fn from_str(text: &str) -> Result<SlotEndpoint, String> {
         let (slot, endpoint) = text.split_once('=').ok_or("write SLOT=HOST:PORT, as 0=gw0.example.com:27473")?;
-        let slot = slot.parse().ok().and_then(Ordinal::new).ok_or("the slot is a number from 0 to 7")?;
+        let slot = ordinal(slot).map_err(|_| "the slot is a number from 0 to 7")?;
         Ok(SlotEndpoint { slot, endpoint: endpoint.to_owned() })
     }
 }

@@ -48,11 +48,10 @@ fn of_calico(object: &BlockAffinity) -> Option<Given<'_>> {
 }
 
 /// What services and the CNI's pods use, and which object says so. What cannot be read of those that belong to no node
-/// is refused; the others' is where the nodes are read.
-pub(super) fn used(objects: &Objects, refused: &mut Refused) -> BTreeSet<(IpNetwork, String)> {
+/// is refused; the others', which `given` is, where the nodes are read.
+pub(super) fn used(given: &[Given<'_>], objects: &Objects, refused: &mut Refused) -> BTreeSet<(IpNetwork, String)> {
     let known = |at: Place<'_>| format!("{:?} {}", at.kind, at.name.escape_debug());
-    let of_nodes = given(objects);
-    let mut used: BTreeSet<(IpNetwork, String)> = of_nodes
+    let mut used: BTreeSet<(IpNetwork, String)> = given
         .iter()
         .filter_map(|given| prefix::parse(given.range).ok().map(|range| (range, known(given.at))))
         .collect();

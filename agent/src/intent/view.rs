@@ -50,7 +50,8 @@ fn own_ranges(objects: &Objects, local: &Local, cluster: Option<&Cluster>, refus
     let allowed: Vec<IpNetwork> = mine.iter().flat_map(|cluster| allowed(cluster)).collect();
     // Before it is a member nothing bounds it.
     let may_have = |range: &IpNetwork| mine.is_empty() || allowed.iter().any(|outer| prefix::covers(*outer, *range));
-    let mut own = network::used(objects, refused);
+    let given = network::given(objects);
+    let mut own = network::used(&given, objects, refused);
     for advertisement in of(objects, &local.cluster) {
         let known = format!("RouteAdvertisement {}", advertisement_at(advertisement).name.escape_debug());
         let routes = advertisement.spec.routes.iter().take(limits::ROUTES);
@@ -58,7 +59,7 @@ fn own_ranges(objects: &Objects, local: &Local, cluster: Option<&Cluster>, refus
         own.extend(ranges.map(|range| (range, known.clone())));
     }
     own.extend(local.cidrs.iter().map(|range| (*range, "--local-cidr".to_owned())));
-    let given: BTreeSet<&str> = network::given(objects).iter().map(|given| given.node).collect();
+    let given: BTreeSet<&str> = given.iter().map(|given| given.node).collect();
     for (name, node) in cluster.iter().flat_map(|cluster| &cluster.nodes) {
         let known = || format!("Node {name}");
         own.extend(node.hop.iter().map(|address| (IpNetwork::from(*address), known())));

@@ -17,7 +17,7 @@ use std::{ffi::OsString, panic::resume_unwind, path::PathBuf, time::Duration};
 
 use kube::{
     Api, Client,
-    core::{ApiResource, DeserializeGuard, NotUsed, Object},
+    core::{ApiResource, DeserializeGuard, GroupVersionKind, NotUsed, Object},
     runtime::watcher,
 };
 use tokio::{
@@ -292,15 +292,7 @@ const IP_POOLS: Foreign =
 
 impl Foreign {
     fn resource(&self) -> ApiResource {
-        let Foreign { group, version, .. } = self;
-        let api_version = if group.is_empty() { (*version).to_owned() } else { format!("{group}/{version}") };
-        ApiResource {
-            group: (*group).to_owned(),
-            version: (*version).to_owned(),
-            api_version,
-            kind: self.kind.to_owned(),
-            plural: self.plural.to_owned(),
-        }
+        ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(self.group, self.version, self.kind), self.plural)
     }
 }
 
