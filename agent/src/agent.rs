@@ -13,7 +13,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ipnetwork::IpNetwork;
 use tokio::{
     sync::{mpsc, oneshot},
     time::{MissedTickBehavior, interval, sleep_until, timeout_at},
@@ -23,6 +22,7 @@ use tracing::{debug, info, warn};
 use self::{office::Office, prober::Probing};
 use crate::{
     args,
+    causes::with_cause,
     dial::Dialer,
     gateway::{Known, Said, Standing},
     intent::Intent,
@@ -39,7 +39,7 @@ use crate::{
     resolve::{Resolved, Resolver},
     run_dir::{Lock, LockError},
     source::{self, Snapshot},
-    state::{Remote, State},
+    state::State,
     status::Status,
     status_socket::{self, Request},
     survey::{Found, Keys, Survey, View, node_name, survey},
@@ -122,7 +122,13 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
         let mut reply: Option<oneshot::Sender<Status>> = None;
         let cause = tokio::select! {
             () = &mut shutdown => break,
-            changed = snapshots.changed() => { changed.expect("the follower outlives us"); Cause::Intent }
+            changed = snapshots.changed() => {
+                changed.expect("the follower outlives us");
+                if agent.learns(&snapshots.borrow_and_update()) {
+                    continue;
+                }
+                Cause::Intent
+            }
             event = events.next(), if Instant::now() >= agent.quiet_until => cause_of(event),
             () = tunnel.changed() => Cause::Kernel,
             changed = resolved.changed() => { changed.expect("the agent holds the resolver"); Cause::Facts }
@@ -160,6 +166,9 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
         let names = resolved.borrow_and_update().clone();
         let status = agent.pass(cause, snapshot, &names).await;
         events.set_native(agent.native.clone());
+        if cause == Cause::Resync {
+            kernel::memory::give_back();
+        }
         if let Some(reply) = reply {
             // Whoever asked may have gone.
             drop(reply.send(status));
@@ -259,12 +268,21 @@ impl Agent {
         self.inform();
     }
 
+    /// Takes over a snapshot that asks for what the last one did: only whoever deals with the API server uses statuses,
+    /// and a gateway's own come back to it.
+    fn learns(&mut self, followed: &source::Followed) -> bool {
+        let (Some((last, _)), Ok(snapshot)) = (&mut self.view, followed) else { return false };
+        let same = last.ask_the_same(snapshot);
+        if same {
+            *last = Arc::clone(snapshot);
+            self.inform();
+        }
+        same
+    }
+
     /// Takes over what the prober says; whether a pass is needed: routes carry path MTUs.
     fn hears(&mut self, report: Option<&Report>) -> bool {
-        let mtus = |report: Option<&Report>| -> Vec<u16> {
-            report.iter().flat_map(|report| report.verdict.reach.values().map(|reach| reach.mtu)).collect()
-        };
-        let news = mtus(report) != mtus(self.report.as_ref());
+        let news = prober::are_news(self.report.as_ref(), report);
         self.report = report.cloned();
         self.inform();
         news
@@ -325,7 +343,6 @@ impl Agent {
             let view = View::new(amended.as_ref().unwrap_or(&snapshot), &self.args);
             self.resolver.follow(&view.endpoint_names());
             self.view = Some((snapshot, view));
-            self.inform();
         }
         let (_, view) = self.view.as_ref().expect("set above");
         self.keys.refresh(&self.args, &view.intent, self.office.keys());
@@ -345,14 +362,18 @@ impl Agent {
         reading.excuse_absent_tunnel(&survey.desired);
         let outcome = reconcile(&survey.desired, survey.complete, &reading, &mut self.kernel).await;
         let probing = self.probe(&view.intent, &survey.desired, &reading);
+        let forgotten = self.kernel.forget_masqueraded().await;
         self.schedule(cause, &survey, &reading, &outcome);
         for op in &outcome.applied {
-            info!("{op}");
+            info!("{op:#}");
         }
         debug!(?cause, took = ?began.elapsed(), applied = outcome.applied.len(), "pass");
         let mut status = self.status(&view, &survey, &reading, &outcome, &node, resolved);
         status.failures.extend(probing.err().map(|error| format!("cannot probe: {error}")));
+        status.failures.extend(forgotten.err().map(|error| error.to_string()));
         self.view = Some((snapshot, view));
+        // The kernel comes first.
+        self.inform();
         self.tell(&status);
         status
     }
@@ -360,6 +381,7 @@ impl Agent {
     /// A pass that cannot even begin. Nothing is changed.
     fn unable(&mut self, failure: String) -> Status {
         self.next_pass = Instant::now() + FIRST_RETRY;
+        self.inform();
         let status = Status { synced: true, failures: vec![failure], ..self.blank() };
         self.tell(&status);
         status
@@ -416,7 +438,7 @@ impl Agent {
         let mut problems = view.problems.clone();
         problems.extend(self.keys.problems.iter().cloned().chain(unresolved));
         problems.extend(node.conditions.iter().map(ToString::to_string));
-        problems.extend(taken_from_us(survey, node));
+        problems.extend(rows::taken_from_us(survey, node));
         problems.extend(prober::problems(&view.intent, self.report.as_ref()));
         problems.extend(self.office.said.problems.iter().cloned());
         let members = prober::members(&view.intent, self.report.as_ref());
@@ -462,31 +484,6 @@ impl Agent {
         self.told.difference(&now).for_each(|old| info!("no longer {old}"));
         self.told = now;
     }
-}
-
-/// Remote ranges that hold an address of this node: its neighbours there are now reached through a tunnel, if at all.
-fn taken_from_us(survey: &Survey, node: &facts::Node) -> Vec<String> {
-    let remote = survey.desired.maps.iter().flat_map(|maps| &maps.remote);
-    let ranges: Vec<_> = remote.filter(|(_, what)| matches!(what, Remote::Range(_))).map(|(range, _)| *range).collect();
-    let held = |range: &&IpNetwork| node.addresses.iter().find(|address| range.contains(**address));
-    let told = ranges.iter().filter_map(|range| held(&range).map(|address| (range, address)));
-    told.map(|(range, address)| {
-        format!(
-            "{range} is another member's, but this node has {address} in it: name this cluster's part with --local-cidr"
-        )
-    })
-    .collect()
-}
-
-/// An error and what caused it, on one line.
-pub fn with_cause(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text += &format!(": {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -13,7 +13,10 @@ use kube::{CustomResource, KubeSchema, core::Rule};
 use serde::{Deserialize, Serialize};
 
 pub mod network;
+mod objects;
 pub mod v1;
+
+pub use self::objects::Objects;
 
 /// The limits that the schema and [`crate::intent`] share.
 pub mod limits {
@@ -68,22 +71,6 @@ fn ranges_are_unicast(list: &str) -> Rule {
 
 fn immutable() -> Rule {
     Rule::new("self == oldSelf").message("is immutable: delete the object and create it anew")
-}
-
-/// The typed objects of one snapshot.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Objects {
-    pub clusters: Vec<MeshCluster>,
-    pub advertisements: Vec<RouteAdvertisement>,
-    pub policies: Vec<EgressPolicy>,
-    pub gateways: Vec<MeshGateway>,
-    pub nodes: Vec<v1::Node>,
-    pub pods: Vec<v1::Pod>,
-    pub service_cidrs: Vec<network::ServiceCidr>,
-    pub cilium_nodes: Vec<network::CiliumNode>,
-    pub block_affinities: Vec<network::BlockAffinity>,
-    pub ip_pools: Vec<network::IpPool>,
 }
 
 /// Who the member is, and what it may ever claim. Belongs to the administrators of the mesh.

@@ -108,16 +108,16 @@ pub struct Linux<W> {
     crowded: BTreeSet<(Table, IpNetwork)>,
     /// The nft table as it was last read or written.
     nft: Option<nft::Seen>,
-    /// Connections are still masqueraded from before the nft table stood. Until they are forgotten it reads as missing, so
-    /// that it is applied again.
-    masqueraded: bool,
+    /// Pairs of ranges, (own, remote), that the table came to hold: connections between them may be masqueraded from
+    /// before.
+    late: BTreeSet<(IpNetwork, IpNetwork)>,
 }
 
 impl<W: WireGuard> Linux<W> {
     /// Must be called on a tokio runtime, which drives the sockets.
     pub fn new(wireguard: W, secrets: Secrets, bpf: Bpf) -> io::Result<Linux<W>> {
         let rtnl = Rtnl::new()?;
-        Ok(Linux { wireguard, secrets, rtnl, bpf, crowded: BTreeSet::new(), nft: None, masqueraded: false })
+        Ok(Linux { wireguard, secrets, rtnl, bpf, crowded: BTreeSet::new(), nft: None, late: BTreeSet::new() })
     }
 
     /// Whether every BPF program that was attached at the last pass still is. To be asked often: no event tells of one
@@ -229,20 +229,27 @@ impl<W: WireGuard> Linux<W> {
         Ok(())
     }
 
-    /// Replaces the nft table; connections that its rules come too late for are then made to begin anew.
     async fn set_nft(&mut self, nft: Option<&Nft>) -> io::Result<()> {
         let (wanted, seen) = (nft.cloned(), self.nft.take());
+        let stood = seen.as_ref().and_then(nft::Seen::table).map(|table| table.keep_source.clone()).unwrap_or_default();
         self.nft = Some(blocking(move || Ok(nft::write(wanted, seen)?)).await?);
-        self.masqueraded = nft.is_some();
-        if let Some(nft) = nft {
-            let pairs = nft.keep_source.clone();
-            let forgotten = blocking(move || conntrack::forget_masqueraded(&pairs)).await;
-            let forgotten = forgotten.map_err(|error| context("the connection tracking clean-up", &error))?;
-            if forgotten > 0 {
-                tracing::info!(forgotten, "deleted connection tracking entries that were masqueraded");
-            }
+        self.late.extend(nft.iter().flat_map(|nft| nft.keep_source.difference(&stood)));
+        Ok(())
+    }
+
+    /// Makes connections begin anew that the nft table came too late for. For the end of a pass: it looks through every
+    /// connection of this machine. What fails is tried again by the next call.
+    pub async fn forget_masqueraded(&mut self) -> io::Result<()> {
+        if self.late.is_empty() {
+            return Ok(());
         }
-        self.masqueraded = false;
+        let pairs = self.late.clone();
+        let forgotten = blocking(move || conntrack::forget_masqueraded(&pairs)).await;
+        let forgotten = forgotten.map_err(|error| context("the connection tracking clean-up", &error))?;
+        if forgotten > 0 {
+            tracing::info!(forgotten, "deleted connection tracking entries that were masqueraded");
+        }
+        self.late.clear();
         Ok(())
     }
 }
@@ -255,7 +262,7 @@ impl<W: WireGuard> Kernel for Linux<W> {
         reading.state.rules = keep(&mut reading, Layer::Rule, rule::read(&self.rtnl).await);
         let seen = self.nft.take();
         let nft = blocking(move || Ok(nft::read(seen)?)).await.map(|seen| self.nft.insert(seen).table().cloned());
-        reading.state.nft = keep(&mut reading, Layer::Nft, nft).filter(|_| !self.masqueraded);
+        reading.state.nft = keep(&mut reading, Layer::Nft, nft);
         let maps = self.bpf.read_maps(&self.secrets.hop);
         reading.state.maps = keep(&mut reading, Layer::Maps, maps);
         let programs = self.bpf.read_programs(&self.rtnl).await;

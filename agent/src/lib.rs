@@ -11,6 +11,7 @@
 //! [`plan`], [`diff`] or [`health`] does I/O, reads a clock, or looks at the environment.
 
 pub mod args;
+pub mod causes;
 pub mod cli;
 
 pub mod keys;

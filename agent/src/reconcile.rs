@@ -122,7 +122,7 @@ impl Reading {
 
 /// An operation that failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{op}")]
+#[error("{op:#}")]
 pub struct ApplyError {
     pub op: Op,
     pub source: io::Error,

@@ -37,6 +37,14 @@ pub struct Snapshot {
     pub problems: Vec<Problem>,
 }
 
+impl Snapshot {
+    /// Whether both mean the same to a node: they differ in what is said of objects at most.
+    pub fn ask_the_same(&self, other: &Snapshot) -> bool {
+        self.objects.ask_the_same(&other.objects)
+            && (self.complete, &self.problems) == (other.complete, &other.problems)
+    }
+}
+
 /// Something that could not be used.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {

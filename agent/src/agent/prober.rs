@@ -150,6 +150,14 @@ pub(super) fn wanted(
     Some(Wanted { overlay: desired.overlay.first().copied(), targets, drain })
 }
 
+/// Whether routes are to carry other path MTUs.
+pub(super) fn are_news(last: Option<&Report>, report: Option<&Report>) -> bool {
+    let mtus = |report: Option<&Report>| -> Vec<u16> {
+        report.iter().flat_map(|report| report.verdict.reach.values().map(|reach| reach.mtu)).collect()
+    };
+    mtus(last) != mtus(report)
+}
+
 /// The path MTU of every member that probes have found one for.
 pub(super) fn mtus(intent: &Intent, report: Option<&Report>) -> BTreeMap<MemberName, u16> {
     let Some(report) = report else { return BTreeMap::new() };

@@ -1,4 +1,4 @@
-//! The lists of status: peers, routes and native devices, as one pass saw them.
+//! The lists of status: peers, routes, native devices and ranges at odds with this node, as one pass saw them.
 
 use std::time::SystemTime;
 
@@ -9,6 +9,7 @@ use crate::{
     names::MemberName,
     plan::member_of,
     reconcile::Reading,
+    state::Remote,
     status::{NativeStatus, PeerStatus, RouteStatus, connected},
     survey::{Survey, View},
 };
@@ -51,4 +52,18 @@ pub(super) fn natives(node: &facts::Node) -> Vec<NativeStatus> {
         tunnel_segmentation: native.tunnel_segmentation,
     };
     node.native.iter().map(status).collect()
+}
+
+/// Remote ranges that hold an address of this node: its neighbours there are now reached through a tunnel, if at all.
+pub(super) fn taken_from_us(survey: &Survey, node: &facts::Node) -> Vec<String> {
+    let remote = survey.desired.maps.iter().flat_map(|maps| &maps.remote);
+    let ranges: Vec<_> = remote.filter(|(_, what)| matches!(what, Remote::Range(_))).map(|(range, _)| *range).collect();
+    let held = |range: &&IpNetwork| node.addresses.iter().find(|address| range.contains(**address));
+    let told = ranges.iter().filter_map(|range| held(&range).map(|address| (range, address)));
+    told.map(|(range, address)| {
+        format!(
+            "{range} is another member's, but this node has {address} in it: name this cluster's part with --local-cidr"
+        )
+    })
+    .collect()
 }

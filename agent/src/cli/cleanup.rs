@@ -5,8 +5,9 @@ use std::{fs, io, path::Path};
 use anyhow::{Context, bail};
 
 use crate::{
-    agent::{check_backend, with_cause},
+    agent::check_backend,
     args,
+    causes::with_cause,
     diff::diff,
     kernel::{self, Linux, Secrets, bpf::Bpf},
     names::Device,

@@ -10,8 +10,9 @@ use serde::Serialize;
 use tokio::time::timeout;
 
 use crate::{
-    agent::{check_backend, with_cause},
+    agent::check_backend,
     args,
+    causes::with_cause,
     dial::Dialer,
     diff::diff,
     gateway,

@@ -26,8 +26,8 @@ use zeroize::Zeroize;
 
 use super::{Answer, Ask};
 use crate::{
-    agent::with_cause,
     api::{MeshGateway, MeshGatewaySpec, MeshGatewayStatus, ObjectStatus},
+    causes::with_cause,
     conditions::{News, Saying, Subject},
     keyring,
     keys::{PrivateKey, PublicKey},

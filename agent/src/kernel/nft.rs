@@ -65,7 +65,7 @@ const NATIVE: &str = "native";
 /// listing takes as many milliseconds as there are tens of ranges, and most passes find what the last one found.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    /// 0, which the kernel leaves out: it was written, and not read since.
+    /// 0, which the kernel leaves out: somebody else was there while it was written.
     generation: u32,
     table: Option<Nft>,
 }
@@ -113,22 +113,26 @@ fn list() -> Result<Option<Nft>, Error> {
 
 /// Changes the table in one transaction, or deletes it. One that is replaced is made sure to read back as it was written.
 pub(super) fn write(wanted: Option<Nft>, seen: Option<Seen>) -> Result<Seen, Error> {
+    let before = seen.as_ref().map_or(0, |seen| seen.generation);
     let stands = seen.and_then(|seen| seen.table);
     let steps = stands.zip(wanted.as_ref()).and_then(|(stands, wanted)| steps(&stands, wanted));
-    let stepped = match &steps {
-        Some(nothing) if nothing.is_empty() => true,
+    match &steps {
+        Some(nothing) if nothing.is_empty() => Ok(Seen { generation: before, table: wanted }),
         // Refused, if somebody was here since the table was seen.
-        Some(steps) => run(NFT, &["-f", "-"], steps)?.status.success(),
-        None => false,
-    };
-    if !stepped {
-        let text = wanted.as_ref().map_or_else(|| blank_slate().to_owned(), render);
-        succeed("-f", run(NFT, &["-f", "-"], &text)?)?;
-        if list()? != wanted {
-            return Err(Error::Changed);
+        Some(steps) if run(NFT, &["-f", "-"], steps)?.status.success() => {
+            let now = generation().map_err(Error::Generation)?;
+            let ours_alone = before > 0 && now == before.wrapping_add(1);
+            Ok(Seen { generation: if ours_alone { now } else { 0 }, table: wanted })
         }
+        _ => replace(wanted),
     }
-    Ok(Seen { generation: 0, table: wanted })
+}
+
+fn replace(wanted: Option<Nft>) -> Result<Seen, Error> {
+    let text = wanted.as_ref().map_or_else(|| blank_slate().to_owned(), render);
+    succeed("-f", run(NFT, &["-f", "-"], &text)?)?;
+    let now = read(None)?;
+    if now.table == wanted { Ok(now) } else { Err(Error::Changed) }
 }
 
 /// What `nft -f -` is given to make one table the other, by its sets' elements alone; `None`: its rules are others, too.

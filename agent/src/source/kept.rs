@@ -92,7 +92,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{agent::with_cause, scratch::Scratch};
+    use crate::{causes::with_cause, scratch::Scratch};
 
     fn kept(second: i64) -> Kept {
         let objects = json!({

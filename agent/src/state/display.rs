@@ -41,12 +41,15 @@ impl fmt::Display for Lookups {
     }
 }
 
+/// `{:#}`: what grows with the mesh is counted, not listed. For what is told of every change.
 impl fmt::Display for Nft {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let pairs = |pairs: &BTreeSet<(IpNetwork, IpNetwork)>| {
-            pairs.iter().map(|(from, to)| format!("{from} . {to}")).collect::<Vec<_>>().join(", ")
-        };
-        write!(f, "keep_source {{ {} }}", pairs(&self.keep_source))?;
+        if f.alternate() {
+            write!(f, "keep_source {{ {} pairs }}", self.keep_source.len())?;
+        } else {
+            let pairs = self.keep_source.iter().map(|(from, to)| format!("{from} . {to}"));
+            write!(f, "keep_source {{ {} }}", list(pairs))?;
+        }
         if self.hop_port > 0 {
             write!(f, " hop {} nodes {{ {} }}", self.hop_port, list(&self.nodes))?;
             write!(f, " native {{ {} }}", list(&self.native))?;
@@ -164,7 +167,10 @@ impl fmt::Display for Op {
                 }
                 if gained.is_empty() { Ok(()) } else { write!(f, " allowed-ips {}", delta('+', gained)) }
             }
-            Op::GrowNft(nft) | Op::ShrinkNft(Some(nft)) => write!(f, "nft replace table inet carrick {nft}"),
+            Op::GrowNft(nft) | Op::ShrinkNft(Some(nft)) => {
+                f.write_str("nft replace table inet carrick ")?;
+                nft.fmt(f)
+            }
             Op::ShrinkNft(None) => f.write_str("nft delete table inet carrick"),
             Op::SetRule(rule, lookups) => {
                 let (family, priority) = (rule.family.option(), rule.priority());

@@ -81,6 +81,12 @@ pub const NEEDS: &[Need] = &[
         by: &[For::Test],
     },
     Need {
+        what: What::Program("bpftool"),
+        packages: Some(["bpftool", "bpftool", "bpf"]),
+        purpose: "shows the BPF maps, and damages what is pinned",
+        by: &[For::Test],
+    },
+    Need {
         what: What::Program("faketime"),
         packages: Some(["faketime", "libfaketime", "libfaketime"]),
         purpose: "gives an agent a clock that is wrong",

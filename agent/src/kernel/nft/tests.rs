@@ -136,6 +136,21 @@ fn what_was_seen_stands_until_somebody_changes_anything() {
 }
 
 #[test]
+fn what_nobody_else_was_there_for_is_not_read_again() {
+    let less = Nft { hop_port: 1, hop_sources: (2, 3), ..Nft::default() };
+    let more = Nft { native: BTreeSet::from(["eth0".to_owned()]), ..less.clone() };
+    in_netns(|| async {
+        let replaced = write(Some(less.clone()), None).unwrap();
+        assert_eq!(replaced.generation, generation().unwrap());
+        let stepped = write(Some(more.clone()), Some(replaced)).unwrap();
+        assert_eq!((stepped.generation, list().unwrap()), (generation().unwrap(), Some(more.clone())));
+        sh("nft add table ip others");
+        let disturbed = write(Some(less.clone()), Some(stepped)).unwrap();
+        assert_eq!((disturbed.generation, list().unwrap()), (0, Some(less.clone())));
+    });
+}
+
+#[test]
 fn a_range_more_and_a_range_less_are_two_elements() {
     let net = |text: &str| text.parse::<IpNetwork>().unwrap();
     let pair = |remote| (net("10.42.0.0/16"), net(remote));

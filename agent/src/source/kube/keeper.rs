@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use crate::{
-    agent::with_cause,
+    causes::with_cause,
     source::{
         Problem, Snapshot,
         kept::{self, KeepError, Kept},

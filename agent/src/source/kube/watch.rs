@@ -32,7 +32,7 @@ use super::{
     prune::{Prune, opened, unquoted},
     view::Told,
 };
-use crate::{agent::with_cause, source::store::Event};
+use crate::{causes::with_cause, source::store::Event};
 
 /// What has gone on for so long was well until then: longer than it takes to connect in vain.
 const WELL: Duration = Duration::from_secs(20);
