@@ -9,6 +9,7 @@ mod client;
 mod counts;
 mod crds;
 mod export;
+mod gitops;
 mod junk;
 mod kubernetes;
 mod ranges;
@@ -43,12 +44,14 @@ on_both_stores! {
     agents::objects_arrive_are_followed_and_go_at_once_when_deleted,
     agents::the_order_in_which_the_folder_is_applied_changes_nothing,
     chart::a_kubelet_labels_its_node_only_where_it_joins_and_only_if_that_is_set,
+    chart::pod_security_admits_the_pods_once_the_notes_are_followed,
     chart::the_server_takes_the_chart_with_all_values,
     crds::kubectl_shows_what_matters,
     crds::the_schema_refuses_what_it_can_and_validate_the_rest,
     crds::what_must_not_change_does_not,
     export::a_right_that_export_lacks_is_named,
     export::what_is_exported_is_taken_by_another_member,
+    gitops::kstatus_and_argo_cd_read_each_status_right,
     junk::junk_and_giants_hold_nobody_up,
     ranges::a_cni_s_kind_that_is_forbidden_is_named,
     ranges::a_cni_s_ranges_are_read_as_they_come,

@@ -6,7 +6,6 @@ mod damage;
 mod endpoints;
 mod folder;
 mod forged;
-mod gitops;
 mod joined;
 mod lab;
 mod mesh;

@@ -197,7 +197,8 @@ impl Host {
         Ok(Process { name: format!("{} {name}", self.name()), log, child: Some(child) })
     }
 
-    fn pipe(&self, program: &Path, arguments: &[&str], input: &str) -> Result<String> {
+    /// The same, with something on its standard input.
+    pub fn pipe(&self, program: &Path, arguments: &[&str], input: &str) -> Result<String> {
         let mut command = Command::new("timeout");
         command.arg(COMMAND_LIMIT_SECONDS).arg(program).args(arguments);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -94,12 +94,13 @@ fn test() -> anyhow::Result<process::Ended> {
 }
 
 /// The programs that the package `tests` runs on an API server, and the variables by which it finds them.
-const PROGRAMS: [(&str, &tools::Tool); 5] = [
+const PROGRAMS: [(&str, &tools::Tool); 6] = [
     ("CARRICK_ETCD", &tools::ETCD),
     ("CARRICK_KINE", &tools::KINE),
     ("CARRICK_KUBE_APISERVER", &tools::KUBE_APISERVER),
     ("CARRICK_KUBECTL", &tools::KUBECTL),
     ("CARRICK_HELM", &tools::HELM),
+    ("CARRICK_KSTATUS", &tools::KSTATUS),
 ];
 
 /// Names all of them to it, and the `carrick` that it runs.

@@ -60,6 +60,8 @@ pub static KINE: Tool = module("kine", "github.com/k3s-io/kine", "0.16.4", &[], 
 pub static COREDNS: Tool = module("coredns", ".", "1.15.0", &[], false);
 pub static HELM: Tool =
     module("helm", "helm.sh/helm/v3/cmd/helm", "3.22.0", &["helm.sh/helm/v3/internal/version.version"], false);
+/// What Flux, Helm and kpt compute of an object, called by a few lines of ours.
+pub static KSTATUS: Tool = module("kstatus", ".", "0.37.2", &[], false);
 pub static FLANNELD: Tool = module(
     "flanneld",
     "github.com/flannel-io/flannel",

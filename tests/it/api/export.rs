@@ -30,7 +30,7 @@ fn folder(world: &World) -> Result<PathBuf> {
 }
 
 /// Runs the lines in that folder, each as whoever has the token; what they said, without what differs from run to run.
-fn run(world: &World, token: &str, lines: &[&str]) -> Result<String> {
+pub(super) fn run(world: &World, token: &str, lines: &[&str]) -> Result<String> {
     let folder = folder(world)?;
     let config = world.server.kubeconfig("user", token, "default")?;
     let mut text = String::new();

@@ -84,15 +84,15 @@ impl Kubernetes {
         Ok(())
     }
 
-    /// Installs or upgrades the release, as the words say, with these values.
-    pub(crate) fn helm(&self, words: &[&str], values: &[&str]) -> Result<()> {
+    /// Installs or upgrades the release, as the words say, with these values; what it says, the chart's notes too.
+    pub(crate) fn helm(&self, words: &[&str], values: &[&str]) -> Result<String> {
         let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/carrick");
         let chart = chart.to_str().context("the chart's path")?;
         let config = self.kubeconfig.to_str().context("the kubeconfig's path")?;
         let mut line = words.to_vec();
         line.extend(["carrick", chart, "--namespace", "carrick", "--kubeconfig", config]);
         line.extend(["cluster.name=mn"].iter().chain(values).flat_map(|value| ["--set", value]));
-        self.lab.internet.output(program("HELM")?, &line).map(drop)
+        self.lab.internet.output(program("HELM")?, &line)
     }
 
     /// What the kubelet would have made, and who labels gateways.

@@ -207,6 +207,12 @@ pub const NEEDS: &[Need] = &[
     Need { what: What::Built(&tools::COREDNS), packages: None, purpose: "resolves names in the clusters", by: CLUSTER },
     Need { what: What::Built(&tools::FLANNELD), packages: None, purpose: "is one cluster's network", by: CLUSTER },
     Need { what: What::Built(&tools::HELM), packages: None, purpose: "renders and installs the chart", by: CHART },
+    Need {
+        what: What::Built(&tools::KSTATUS),
+        packages: None,
+        purpose: "says how GitOps tools read status",
+        by: &[For::Test],
+    },
     Need { what: What::Built(&tools::CARGO_DENY), packages: None, purpose: "the licence check", by: &[For::Test] },
     Need { what: What::Built(&tools::GOTATUN), packages: None, purpose: "is measured", by: &[For::Bench] },
     Need { what: What::Built(&tools::BORINGTUN), packages: None, purpose: "is measured", by: &[For::Bench] },
