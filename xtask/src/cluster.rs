@@ -6,6 +6,7 @@
 //! - `up`, `down`, `power`: make them, remove them, switch one machine off and on.
 //! - `init`, `root`: a machine from inside: its first process and its root.
 //! - [`carrick`]: Carrick in them, as its users bring it there.
+//! - [`cilium`]: what enforces network policies in one of them, when it is asked to.
 //! - `pki`, `images`, `cgroup`: keys and certificates; what pods run; control groups.
 //!
 //! A machine is a process in namespaces of its own, under the mark of the lab [`NAME`]: whatever happens to whoever makes
@@ -26,6 +27,7 @@ use crate::tools;
 
 pub mod carrick;
 mod cgroup;
+pub mod cilium;
 mod daemons;
 pub mod design;
 mod down;

@@ -69,6 +69,10 @@ pub static FLANNELD: Tool = module(
     &["github.com/flannel-io/flannel/pkg/version.Version"],
     true,
 );
+/// Enforces network policies.
+pub static CILIUM_AGENT: Tool = cilium("cilium-agent", "github.com/cilium/cilium/daemon");
+/// Tells it of pods.
+pub static CILIUM_CNI: Tool = cilium("cilium-cni", "github.com/cilium/cilium/plugins/cilium-cni");
 pub static KUBE_APISERVER: Tool = kubernetes("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver");
 pub static KUBE_CONTROLLER_MANAGER: Tool =
     kubernetes("kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager");
@@ -86,6 +90,10 @@ const fn module(
     cgo: bool,
 ) -> Tool {
     Tool::Go(Go { name, module: name, package, version, stamped, cgo })
+}
+
+const fn cilium(name: &'static str, package: &'static str) -> Tool {
+    Tool::Go(Go { name, module: "cilium", package, version: "1.15.19", stamped: &[], cgo: false })
 }
 
 const fn kubernetes(name: &'static str, package: &'static str) -> Tool {
@@ -177,6 +185,17 @@ pub fn install(name: &str, command: &mut Command) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Where Go keeps the sources of Cilium: the agent compiles some as it runs.
+pub fn cilium_source() -> anyhow::Result<PathBuf> {
+    let mut command = Command::new(go().context("no Go toolchain")?);
+    command.args(["list", "-mod=readonly", "-m", "-f", "{{.Dir}}", "github.com/cilium/cilium"]);
+    command.current_dir(workspace::root().join("xtask/go/cilium")).env("GOTOOLCHAIN", "local");
+    let output = command.output().context("go list")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    anyhow::ensure!(output.status.success(), "go list: {}", said.trim_end());
+    Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
 }
 
 /// Where built tools lie.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::{
-    Store,
+    Store, cilium,
     design::{Design, Network, Proxy, Role, Seat},
     images::PAUSE,
     spec::{Program, Step},
@@ -23,6 +23,7 @@ pub struct Programs {
     pub proxy: PathBuf,
     pub kubectl: PathBuf,
     pub flanneld: PathBuf,
+    pub cilium: cilium::Programs,
 }
 
 /// Where containerd listens, on each node.
@@ -129,6 +130,11 @@ pub fn node(design: &Design, seat: &Seat, programs: &Programs, pki: &Path, image
         steps.push(Step::Daemon { name: "flanneld".to_owned(), program: flanneld });
         steps.push(Step::FlannelRange);
     }
+    if design.network == Network::Routed {
+        let program =
+            cilium::agent(&programs.cilium, name, &pki.join("cilium.kubeconfig"), &design.member.pods.to_string());
+        steps.push(Step::Idle { name: cilium::DAEMON.to_owned(), program });
+    }
     steps
 }
 
@@ -168,6 +174,7 @@ pub fn files(design: &Design, seat: &Seat, pki: &Path) -> Result<Vec<(PathBuf, S
             Network::Routed => (CONFLIST.into(), conflist(&design.node_pods(n)?.to_string(), 1500)),
             Network::Flannel => ("/etc/kube-flannel/net-conf.json".into(), flannel(design)),
         });
+        files.push((cilium::START.into(), cilium::START_TEXT.to_owned()));
     }
     Ok(files)
 }
@@ -324,6 +331,7 @@ mod tests {
     fn shown(step: Step) -> String {
         match step {
             Step::Daemon { name, .. } => format!("  {name}\n"),
+            Step::Idle { name, .. } => format!("  {name}, when it is started\n"),
             Step::Until(program) => format!("  until {} {}\n", program.path.display(), program.arguments.join(" ")),
             Step::FlannelRange => "  until flanneld has a range\n".to_owned(),
         }
@@ -342,6 +350,7 @@ mod tests {
             proxy: at("kube-proxy"),
             kubectl: at("kubectl"),
             flanneld: at("flanneld"),
+            cilium: cilium::Programs { agent: at("cilium-agent"), plugin: at("cilium-cni"), source: at("cilium") },
         };
         let mut text = String::new();
         for design in super::super::design::both(super::super::design::NODES).unwrap() {
@@ -390,12 +399,14 @@ mod tests {
               until ctr --address /run/containerd/containerd.sock --namespace k8s.io images import --snapshotter overlayfs /images/a.tar
               kubelet
               kube-proxy
+              cilium-agent, when it is started
             va-1:
               containerd
               until ctr --address /run/containerd/containerd.sock version
               until ctr --address /run/containerd/containerd.sock --namespace k8s.io images import --snapshotter overlayfs /images/a.tar
               kubelet
               kube-proxy
+              cilium-agent, when it is started
         "#]].assert_eq(&text);
     }
 }

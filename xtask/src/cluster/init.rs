@@ -135,7 +135,7 @@ impl Machine {
     fn step(&mut self) -> Result<()> {
         while let Some(step) = self.steps.front() {
             match step {
-                Step::Daemon { name, program } => {
+                Step::Daemon { name, program } | Step::Idle { name, program } => {
                     let state = State::Down(Instant::now());
                     let mut daemon = Daemon { name: name.clone(), program: program.clone(), state };
                     daemon.turn(self.stopped.join(name).exists())?;

@@ -85,8 +85,9 @@ fn node(design: &Design, ca: &Authority, seat: &Seat, folder: &Path) -> Result<(
     let served = format!("DNS:{},IP:{}", seat.name, seat.address());
     ca.issue(folder, &Identity { file: "kubelet", name: &name, group: Some("system:nodes"), served })?;
     ca.issue(folder, &client("kube-proxy", "system:kube-proxy", None))?;
-    ca.issue(folder, &client("flannel", "flannel", None))?;
-    ["kubelet", "kube-proxy", "flannel"].into_iter().try_for_each(|file| kubeconfig(design, folder, file).map(drop))
+    ["flannel", "cilium"].into_iter().try_for_each(|name| ca.issue(folder, &client(name, name, None)))?;
+    let all = ["kubelet", "kube-proxy", "flannel", "cilium"];
+    all.into_iter().try_for_each(|file| kubeconfig(design, folder, file).map(drop))
 }
 
 impl Authority {

@@ -29,6 +29,7 @@ use super::{
     cgroup::Hierarchy,
     init,
     record::{Machine, output},
+    spec::{Spec, Step},
 };
 
 /// How long the kernel may take to end a machine.
@@ -36,9 +37,15 @@ const END_LIMIT: Duration = Duration::from_secs(60);
 const SPEC: &str = "spec.json";
 
 /// Writes down what the machine does when it is switched on.
-pub fn describe(spec: &super::spec::Spec) -> Result<()> {
+pub fn describe(spec: &Spec) -> Result<()> {
     let stopped = spec.dir.join(init::STOPPED);
     fs::create_dir_all(&stopped).with_context(|| format!("make {}", stopped.display()))?;
+    for step in &spec.steps {
+        if let Step::Idle { name, .. } = step {
+            let path = stopped.join(name);
+            fs::write(&path, "").with_context(|| format!("write {}", path.display()))?;
+        }
+    }
     let path = spec.dir.join(SPEC);
     fs::write(&path, serde_json::to_vec_pretty(spec)?).with_context(|| format!("write {}", path.display()))
 }

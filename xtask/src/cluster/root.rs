@@ -19,9 +19,15 @@ use super::{
     spec::{DISKS, Spec},
 };
 
-/// What the kubelet writes unless it reads these values already. They are the whole machine's: it is shown files.
-const MACHINE_WIDE: &[(&str, &str)] =
-    &[("vm/overcommit_memory", "1"), ("kernel/panic", "10"), ("kernel/panic_on_oops", "1")];
+/// What the kubelet writes unless it reads these values already, and Cilium. They are the whole machine's: they are shown
+/// files.
+const MACHINE_WIDE: &[(&str, &str)] = &[
+    ("vm/overcommit_memory", "1"),
+    ("kernel/panic", "10"),
+    ("kernel/panic_on_oops", "1"),
+    ("kernel/unprivileged_bpf_disabled", "1"),
+    ("kernel/timer_migration", "0"),
+];
 const NONE: Option<&str> = None;
 
 /// Makes the root and moves this process there.

@@ -39,6 +39,8 @@ pub const DISKS: &[(&str, &str)] = &[
 pub enum Step {
     /// Starts it, and goes on. When it ends it is started again.
     Daemon { name: String, program: Program },
+    /// A daemon that is down until somebody starts it.
+    Idle { name: String, program: Program },
     /// Goes on when it has succeeded; runs it again until then.
     Until(Program),
     /// Goes on when flanneld has said which range is this node's, and tells the network plugin.

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, statfs};
 
 use super::{
-    NAME, Store, cgroup, daemons,
+    NAME, Store, cgroup, cilium, daemons,
     daemons::Programs,
     design::{self, Design, Network, Role, Seat},
     down, images, pki, power, record,
@@ -263,6 +263,7 @@ fn programs() -> Result<Programs> {
         proxy: tools::KUBE_PROXY.path()?,
         kubectl: tools::KUBECTL.path()?,
         flanneld: tools::FLANNELD.path()?,
+        cilium: cilium::Programs::built()?,
     })
 }
 

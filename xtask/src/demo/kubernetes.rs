@@ -3,6 +3,7 @@
 
 mod faults;
 mod pods;
+mod policy;
 mod traces;
 
 use std::{
@@ -95,6 +96,7 @@ impl Demo<'_> {
         self.applied()?;
         let sites = self.sites()?;
         self.faults()?;
+        self.policies()?;
         let name = "uplinks of both sites: clear text for a remote range, faults included";
         rows::clear_text(&mut self.table, name, &sites.stop()?);
         if keep { Ok(()) } else { self.uninstalled(&before) }

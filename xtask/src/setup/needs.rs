@@ -1,7 +1,7 @@
 //! What each command needs of the machine: a table.
 
 use super::{For, Need, What};
-use crate::tools;
+use crate::{cluster::cilium, tools};
 
 const LAB: &[For] = &[For::Demo, For::Test, For::Lab, For::Bench, For::Control, For::Cluster];
 const GUESTS: &[For] = &[For::Test, For::Vm];
@@ -83,8 +83,8 @@ pub const NEEDS: &[Need] = &[
     Need {
         what: What::Program("bpftool"),
         packages: Some(["bpftool", "bpftool", "bpf"]),
-        purpose: "shows the BPF maps, and damages what is pinned",
-        by: &[For::Test],
+        purpose: "shows the BPF maps, damages what is pinned, and tells Cilium what the kernel can do",
+        by: &[For::Test, For::Cluster],
     },
     Need {
         what: What::Program("faketime"),
@@ -206,6 +206,19 @@ pub const NEEDS: &[Need] = &[
     Need { what: What::Built(&tools::KUBECTL), packages: None, purpose: "asks the clusters", by: SERVER },
     Need { what: What::Built(&tools::COREDNS), packages: None, purpose: "resolves names in the clusters", by: CLUSTER },
     Need { what: What::Built(&tools::FLANNELD), packages: None, purpose: "is one cluster's network", by: CLUSTER },
+    Need {
+        what: What::File(cilium::CLANG),
+        packages: Some(["clang-16", "clang16", "clang"]),
+        purpose: "compiles what enforces one cluster's network policies",
+        by: CLUSTER,
+    },
+    Need {
+        what: What::Built(&tools::CILIUM_AGENT),
+        packages: None,
+        purpose: "enforces one cluster's network policies",
+        by: CLUSTER,
+    },
+    Need { what: What::Built(&tools::CILIUM_CNI), packages: None, purpose: "tells it of pods", by: CLUSTER },
     Need { what: What::Built(&tools::HELM), packages: None, purpose: "renders and installs the chart", by: CHART },
     Need {
         what: What::Built(&tools::KSTATUS),

@@ -189,7 +189,7 @@ impl Demo<'_> {
     }
 
     /// Does something while worker pods talk, and says what it cost.
-    fn under_load(
+    pub(super) fn under_load(
         &mut self,
         name: &'static str,
         price: Price,

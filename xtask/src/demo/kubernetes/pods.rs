@@ -1,6 +1,6 @@
 //! One pod on every node, which only waits: sockets are opened in its network namespace.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, time::Duration};
 
 use ::lab::Namespace;
 use anyhow::{Context, Result, ensure};
@@ -15,7 +15,7 @@ use crate::{
     demo::load::End,
 };
 
-const NAMESPACE: &str = "demo";
+pub const NAMESPACE: &str = "demo";
 /// `@IMAGE@` stands for its image. Whoever is in its namespace may open ping sockets.
 const MANIFEST: &str = r#"
 apiVersion: v1
@@ -66,6 +66,13 @@ pub fn on(cluster: &Cluster, node: &str) -> Result<Pod> {
     let (name, ip, container) = find(cluster, node)?;
     let machine = cluster.nodes.iter().find(|machine| machine.name == node).context("a machine")?;
     Ok(Pod { ip, network: machine.network_of(&name, &container)? })
+}
+
+/// Has that on a node replaced by another, and waits until it runs.
+pub fn renew(cluster: &Cluster, node: &str) -> Result<()> {
+    let (name, ..) = find(cluster, node)?;
+    cluster.kubectl_within(Duration::from_secs(60), &["-n", NAMESPACE, "delete", "pod", &name], "")?;
+    up::wait(&format!("another pod on {node}"), &up::node_logs(cluster), || find(cluster, node).map(drop))
 }
 
 /// An object as `get -o yaml` shows it, to be made once more: an object that claims a version must be there already.
