@@ -124,39 +124,29 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
             () = &mut shutdown => break,
             changed = snapshots.changed() => {
                 changed.expect("the follower outlives us");
-                if agent.learns(&snapshots.borrow_and_update()) {
-                    continue;
-                }
-                Cause::Intent
+                agent.learns(&snapshots.borrow_and_update())
             }
-            event = events.next(), if Instant::now() >= agent.quiet_until => cause_of(event),
-            () = tunnel.changed() => Cause::Kernel,
-            changed = resolved.changed() => { changed.expect("the agent holds the resolver"); Cause::Facts }
+            event = events.next(), if Instant::now() >= agent.quiet_until => Some(cause_of(event)),
+            () = tunnel.changed() => Some(Cause::Kernel),
+            changed = resolved.changed() => { changed.expect("the agent holds the resolver"); Some(Cause::Facts) }
             Some((request, sender)) = asked.recv() => {
                 agent.asked(request);
                 reply = Some(sender);
-                Cause::Resync
+                Some(Cause::Resync)
             }
-            () = sleep_until(agent.next_pass.into()) => Cause::Resync,
+            () = sleep_until(agent.next_pass.into()) => Some(Cause::Resync),
             changed = reports.changed() => {
                 changed.expect("the agent holds a sender");
-                if !agent.hears(reports.borrow_and_update().as_ref()) {
-                    continue;
-                }
-                Cause::Facts
+                agent.hears(reports.borrow_and_update().as_ref())
             }
             changed = said.changed() => {
                 changed.expect("whoever speaks outlives us");
                 agent.stands(said.borrow_and_update().clone());
-                Cause::Intent
+                Some(Cause::Intent)
             }
-            _ = polls.tick(), if Instant::now() >= agent.quiet_until => {
-                if agent.is_attached().await {
-                    continue;
-                }
-                Cause::Kernel
-            }
+            _ = polls.tick(), if Instant::now() >= agent.quiet_until => agent.looks().await,
         };
+        let Some(cause) = cause else { continue };
         if matches!(cause, Cause::Kernel | Cause::Facts) {
             let quiet = tokio::time::Instant::now() + DEBOUNCE;
             while timeout_at(quiet, events.next()).await.is_ok() {}
@@ -166,9 +156,6 @@ pub async fn run(args: args::Node, shutdown: impl Future<Output = ()>) -> Result
         let names = resolved.borrow_and_update().clone();
         let status = agent.pass(cause, snapshot, &names).await;
         events.set_native(agent.native.clone());
-        if cause == Cause::Resync {
-            kernel::memory::give_back();
-        }
         if let Some(reply) = reply {
             // Whoever asked may have gone.
             drop(reply.send(status));
@@ -268,24 +255,24 @@ impl Agent {
         self.inform();
     }
 
-    /// Takes over a snapshot that asks for what the last one did: only whoever deals with the API server uses statuses,
-    /// and a gateway's own come back to it.
-    fn learns(&mut self, followed: &source::Followed) -> bool {
-        let (Some((last, _)), Ok(snapshot)) = (&mut self.view, followed) else { return false };
-        let same = last.ask_the_same(snapshot);
-        if same {
-            *last = Arc::clone(snapshot);
-            self.inform();
+    /// Takes over a snapshot that asks for what the last one did; any other is for a pass. Only whoever deals with the API
+    /// server uses statuses, and a gateway's own come back to it.
+    fn learns(&mut self, followed: &source::Followed) -> Option<Cause> {
+        let (Some((last, _)), Ok(snapshot)) = (&mut self.view, followed) else { return Some(Cause::Intent) };
+        if !last.ask_the_same(snapshot) {
+            return Some(Cause::Intent);
         }
-        same
+        *last = Arc::clone(snapshot);
+        self.inform();
+        None
     }
 
-    /// Takes over what the prober says; whether a pass is needed: routes carry path MTUs.
-    fn hears(&mut self, report: Option<&Report>) -> bool {
+    /// Takes over what the prober says. A pass is needed where path MTUs change, which routes carry.
+    fn hears(&mut self, report: Option<&Report>) -> Option<Cause> {
         let news = prober::are_news(self.report.as_ref(), report);
         self.report = report.cloned();
         self.inform();
-        news
+        news.then_some(Cause::Facts)
     }
 
     /// Takes over where this node stands.
@@ -307,9 +294,10 @@ impl Agent {
         source::send_news(tell, known);
     }
 
-    /// An error is for the pass that it makes to meet.
-    async fn is_attached(&mut self) -> bool {
-        self.kernel.still_attached().await.unwrap_or(false)
+    /// A pass is needed where a program is not attached any more. An error is for that pass to meet.
+    async fn looks(&mut self) -> Option<Cause> {
+        let attached = self.kernel.still_attached().await.unwrap_or(false);
+        (!attached).then_some(Cause::Kernel)
     }
 
     /// Puts the prober on the maps of now, and tells it whom to probe.
@@ -375,6 +363,9 @@ impl Agent {
         // The kernel comes first.
         self.inform();
         self.tell(&status);
+        if cause == Cause::Resync {
+            kernel::memory::give_back();
+        }
         status
     }
 

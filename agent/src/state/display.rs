@@ -1,6 +1,6 @@
 //! Everything of a state as an operator would type it: the vocabulary of plans, logs and tests alike.
 
-use std::{collections::BTreeSet, fmt};
+use std::fmt;
 
 use ipnetwork::IpNetwork;
 
