@@ -101,7 +101,7 @@ fn one_world(
     loaded.maps.write(world).map_err(failed)?;
     let started = now();
     let steered: BTreeMap<u16, u64> =
-        MEMBERS.into_iter().zip(ages.iter().map(|age| age.map_or(0, |age| started - age))).collect();
+        MEMBERS.into_iter().zip(ages.iter().map(|age| age.map_or(0, |age| started.saturating_sub(age)))).collect();
     for (member, at) in &steered {
         loaded.maps.set_traffic(*member, *at).map_err(failed)?;
     }
