@@ -29,7 +29,6 @@ metadata: {name: cilium}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cluster-admin}
 subjects: [{kind: User, name: cilium, apiGroup: rbac.authorization.k8s.io}]
 "#;
-const KINDS: &str = "pkg/k8s/apis/cilium.io/client/crds";
 
 /// What it consists of.
 #[derive(Clone, Debug)]
@@ -71,11 +70,15 @@ pub fn agent(programs: &Programs, node: &str, kubeconfig: &Path, pods: &str) -> 
     program
 }
 
+/// The folder of its CRDs.
+fn kinds() -> Result<String> {
+    Ok(tools::cilium_source()?.join("pkg/k8s/apis/cilium.io/client/crds").display().to_string())
+}
+
 /// Has a node's pods that are made from now on obey network policies.
 pub fn start(cluster: &Cluster, node: &Machine) -> Result<()> {
     cluster.kubectl(&["apply", "-f", "-"], RIGHTS)?;
-    let kinds = tools::cilium_source()?.join(KINDS).display().to_string();
-    cluster.kubectl(&["apply", "--server-side", "-R", "-f", &kinds], "")?;
+    cluster.kubectl(&["apply", "--server-side", "-R", "-f", &kinds()?], "")?;
     node.start(DAEMON)?;
     up::wait(&format!("Cilium on {}", node.name), &[(node, &[DAEMON])], || {
         output(node.command("test")?.args(["-s", CONFLIST]), "").map(drop)
@@ -92,8 +95,7 @@ pub fn stop(cluster: &Cluster, node: &Machine) -> Result<()> {
     })?;
     let clean = format!("rm -r {CONFLIST} /run/cilium /sys/fs/bpf/tc /sys/fs/bpf/cilium && ip link delete cilium_host");
     output(node.command("sh")?.args(["-c", &clean]), "")?;
-    let kinds = tools::cilium_source()?.join(KINDS).display().to_string();
-    cluster.kubectl(&["delete", "-R", "-f", &kinds], "")?;
+    cluster.kubectl(&["delete", "-R", "-f", &kinds()?], "")?;
     let left = cluster.kubectl(&["get", "crd", "-o", "name"], "")?;
     ensure!(!left.contains(".cilium.io"), "kinds of Cilium are left: {left}");
     cluster.kubectl(&["delete", "-f", "-"], RIGHTS).map(drop)

@@ -9,6 +9,7 @@ mod traces;
 use std::{
     collections::BTreeSet,
     path::Path,
+    slice,
     sync::Arc,
     thread::sleep,
     time::{Duration, Instant},
@@ -135,11 +136,7 @@ impl Demo<'_> {
         let route = cluster.kubectl(&["get", "routeadvertisement", "va", "-o", "yaml"], "")?;
         cluster.kubectl(&["delete", "routeadvertisement", "va"], "")?;
         let flow = Flow::start(&mn.network, &va.network, (va.ip, 0).into(), INTERVAL)?;
-        wait_for("nothing to arrive any more", CONNECT_LIMIT, || {
-            let before = flow.answered();
-            sleep(Duration::from_millis(500));
-            if flow.answered() == before { Ok(()) } else { Err("something does".to_owned()) }
-        })?;
+        wait_silent(slice::from_ref(&flow))?;
         flow.stop()?;
         let flow = Flow::start(&mn.network, &va.network, (va.ip, 0).into(), INTERVAL)?;
         let called = Instant::now();
@@ -222,6 +219,16 @@ impl Demo<'_> {
             }
         }
     }
+}
+
+/// Until none of them is answered any more.
+fn wait_silent(flows: &[Flow]) -> Result<()> {
+    let answered = || flows.iter().map(Flow::answered).collect::<Vec<_>>();
+    wait_for("nothing to arrive any more", CONNECT_LIMIT, || {
+        let before = answered();
+        sleep(Duration::from_millis(500));
+        if answered() == before { Ok(()) } else { Err("something does".to_owned()) }
+    })
 }
 
 fn namespace(name: &str, pid: u32) -> Result<Namespace> {

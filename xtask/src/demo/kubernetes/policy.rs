@@ -11,7 +11,7 @@ use ::lab::{
 };
 use anyhow::{Context, Result, ensure};
 
-use super::{CONNECT_LIMIT, Demo, INTERVAL, pods, tenths};
+use super::{CONNECT_LIMIT, Demo, INTERVAL, pods, tenths, wait_silent};
 use crate::{
     cluster::{cilium, record::Cluster, up},
     demo::load::{AROUND, Price},
@@ -75,11 +75,7 @@ impl Demo<'_> {
         let all = |flows: &[Flow]| if answered(flows).contains(&0) { Err("no".to_owned()) } else { Ok(()) };
         wait_for("answers", CONNECT_LIMIT, || all(&flows))?;
         apply(self.clusters.cluster(CLUSTER)?, NOBODY)?;
-        wait_for("nothing to arrive any more", CONNECT_LIMIT, || {
-            let before = answered(&flows);
-            sleep(Duration::from_millis(500));
-            if answered(&flows) == before { Ok(()) } else { Err("something does".to_owned()) }
-        })?;
+        wait_silent(&flows)?;
         for flow in flows {
             flow.stop()?;
         }
