@@ -26,7 +26,9 @@ pub mod limits {
     pub const ENDPOINTS: usize = 8;
     /// Entries in `allowedCIDRs`.
     pub const ALLOWED_CIDRS: usize = 64;
-    /// Entries in a RouteAdvertisement's `routes`; a member may have several RouteAdvertisements.
+    /// RouteAdvertisements of a member. Quotas cannot count them, as they belong to no namespace: their names do.
+    pub const ADVERTISEMENTS: usize = 64;
+    /// Entries in a RouteAdvertisement's `routes`.
     pub const ROUTES: usize = 64;
     /// Entries in a RouteAdvertisement's `to`.
     pub const TO: usize = 1024;
@@ -67,6 +69,19 @@ fn ranges_are_unicast(list: &str) -> Rule {
     let touches = "cidr(s).containsCIDR(c) || cidr(c).containsCIDR(s)";
     Rule::new(format!("{list}.all(c, !isCIDR(c) || !{special}.exists(s, {touches}))"))
         .message("must hold no unspecified, loopback, link-local, multicast or broadcast address")
+}
+
+/// All names that a member's advertisements may have begin with its own: nobody takes another's.
+fn advertisements_are_few() -> Rule {
+    let last = limits::ADVERTISEMENTS - 1;
+    let plain = "self.metadata.name == self.spec.cluster";
+    // A pattern that holds the member's name would cost more than a rule may.
+    let numbered = "self.metadata.name.matches('^[-a-z0-9]+[.][1-9][0-9]?$') \
+                    && self.metadata.name.startsWith(self.spec.cluster + '.')";
+    let number = "int(self.metadata.name.substring(size(self.spec.cluster) + 1))";
+    Rule::new(format!("{plain} || {numbered} && {number} <= {last}")).message(
+        format!("metadata.name must be the name in spec.cluster, alone or with a number behind it: .1 to .{last}").as_str(),
+    )
 }
 
 fn immutable() -> Rule {
@@ -180,7 +195,8 @@ fn ports_leave_room() -> Rule {
     status = "ObjectStatus",
     annotation("helm.sh/resource-policy", "keep"),
     doc = "Says what a member cluster offers to the others. Packets pass between two members only where each offers \
-           something to the other.",
+           something to the other. Its name is the member's, and where there are several, NAME.1 to NAME.63.",
+    validation = advertisements_are_few(),
     printcolumn(name = "Cluster", type_ = "string", json_path = ".spec.cluster"),
     printcolumn(name = "First Route", type_ = "string", json_path = ".spec.routes[0].cidr"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),

@@ -276,8 +276,9 @@ pub(crate) mod tests {
             ..Objects::default()
         };
         let clusters = objects.clusters.iter_mut().map(|cluster| &mut cluster.metadata);
-        for meta in clusters.chain(objects.advertisements.iter_mut().map(|one| &mut one.metadata)) {
-            (meta.uid, meta.generation) = (Some("u".to_owned()), Some(meta.generation.unwrap_or(1)));
+        let all = clusters.chain(objects.advertisements.iter_mut().map(|one| &mut one.metadata));
+        for (n, meta) in all.enumerate() {
+            (meta.uid, meta.generation) = (Some(format!("u{n}")), Some(meta.generation.unwrap_or(1)));
         }
         objects
     }
@@ -334,12 +335,12 @@ pub(crate) mod tests {
                 {"metadata": {"name": "m3"}, "spec": {"id": 2}},
             ]),
             json!([
-                {"metadata": {"name": "good"}, "spec": {"cluster": "m2", "routes": [{"cidr": "10.2.0.0/24", "type": "Pod"}]}},
-                {"metadata": {"name": "half"}, "spec": {"cluster": "m2", "routes": [
+                {"metadata": {"name": "m2"}, "spec": {"cluster": "m2", "routes": [{"cidr": "10.2.0.0/24", "type": "Pod"}]}},
+                {"metadata": {"name": "m2.1"}, "spec": {"cluster": "m2", "routes": [
                     {"cidr": "10.2.1.0/24", "type": "Pod"}, {"cidr": "10.3.0.0/16", "type": "Pod"}]}},
-                {"metadata": {"name": "bad"}, "spec": {"cluster": "m2", "routes":
+                {"metadata": {"name": "m2.2"}, "spec": {"cluster": "m2", "routes":
                     (0..6).map(|n| json!({"cidr": format!("192.168.{n}.0/24"), "type": "Pod"})).collect::<Vec<_>>()}},
-                {"metadata": {"name": "early"}, "spec": {"cluster": "m4", "routes": [{"cidr": "10.4.0.0/16", "type": "Pod"}]}},
+                {"metadata": {"name": "m4"}, "spec": {"cluster": "m4", "routes": [{"cidr": "10.4.0.0/16", "type": "Pod"}]}},
             ]),
         )
     }
@@ -350,37 +351,37 @@ pub(crate) mod tests {
             &some(),
             &BTreeMap::new(),
             expect![[r#"
-            MeshCluster m1
-              Accepted=True Accepted ""
-              Ready=True Accepted ""
-            MeshCluster m2
-              Accepted=True Accepted ""
-              Connected=Unknown NoReport "no gateway of this cluster has reported yet"
-              Ready=True Accepted ""
-            MeshCluster m3
-              Accepted=False DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
-              Connected=Unknown NoReport "no gateway of this cluster has reported yet"
-              Ready=False DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
-              Stalled=True DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
-              warning Accepted DuplicateId: spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own
-            RouteAdvertisement bad
-              Accepted=False OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells them all"
-              Ready=False OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells them all"
-              Stalled=True OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells them all"
-              warning Accepted OutsideAllowed: spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells them all
-            RouteAdvertisement early
-              Accepted=False UnknownCluster "spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is"
-              Ready=False UnknownCluster "spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is"
-              warning Accepted UnknownCluster: spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is
-            RouteAdvertisement good
-              Accepted=True Accepted ""
-              Ready=True Accepted ""
-            RouteAdvertisement half
-              Accepted=False OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
-              Ready=False OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
-              Stalled=True OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
-              warning Accepted OutsideAllowed: spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there
-        "#]],
+                MeshCluster m1
+                  Accepted=True Accepted ""
+                  Ready=True Accepted ""
+                MeshCluster m2
+                  Accepted=True Accepted ""
+                  Connected=Unknown NoReport "no gateway of this cluster has reported yet"
+                  Ready=True Accepted ""
+                MeshCluster m3
+                  Accepted=False DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
+                  Connected=Unknown NoReport "no gateway of this cluster has reported yet"
+                  Ready=False DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
+                  Stalled=True DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
+                  warning Accepted DuplicateId: spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own
+                RouteAdvertisement m2
+                  Accepted=True Accepted ""
+                  Ready=True Accepted ""
+                RouteAdvertisement m2.1
+                  Accepted=False OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
+                  Ready=False OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
+                  Stalled=True OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
+                  warning Accepted OutsideAllowed: spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there
+                RouteAdvertisement m2.2
+                  Accepted=False OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells them all"
+                  Ready=False OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells them all"
+                  Stalled=True OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells them all"
+                  warning Accepted OutsideAllowed: spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells them all
+                RouteAdvertisement m4
+                  Accepted=False UnknownCluster "spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is"
+                  Ready=False UnknownCluster "spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is"
+                  warning Accepted UnknownCluster: spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is
+            "#]],
         );
     }
 
@@ -444,7 +445,7 @@ pub(crate) mod tests {
                 for (subject, saying) in said_with(&objects, &reports) {
                     let Some(status) = saying.due(now) else { continue };
                     for condition in &status.conditions {
-                        let key = (subject.name.clone(), condition.type_.clone());
+                        let key = (subject.uid.clone(), condition.type_.clone());
                         let changed = before.get(&key).is_none_or(|before| before.status != condition.status);
                         let time = before.get(&key).filter(|_| !changed).map_or(now, |before| before.last_transition_time.0);
                         prop_assert_eq!(condition.last_transition_time.0, time);
@@ -453,7 +454,7 @@ pub(crate) mod tests {
                     let clusters = objects.clusters.iter_mut().map(|one| (&one.metadata, &mut one.status));
                     let others = objects.advertisements.iter_mut().map(|one| (&one.metadata, &mut one.status));
                     for (meta, stands) in clusters.chain(others) {
-                        if meta.name.as_ref() == Some(&subject.name) {
+                        if meta.uid.as_ref() == Some(&subject.uid) {
                             *stands = Some(status.clone());
                         }
                     }

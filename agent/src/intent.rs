@@ -201,12 +201,13 @@ macro_rules! reasons {
 reasons! {
     /// What is written is right, but this version cannot do it, and does not pretend to.
     NotYetSupported,
-    /// A list is longer than the schema allows; what is beyond is left out.
+    /// A list is longer than the schema allows, or than is told of; what is beyond is left out.
     TooMany,
     /// The same value twice in a list that is a set.
     DuplicateEntry,
 
-    /// A member's name that is no DNS label, a node's that is no DNS subdomain, or a slot's that is not its ordinal.
+    /// A member's name that is no DNS label, an advertisement's that is not its member's, a node's that is no DNS
+    /// subdomain, or a slot's that is not its ordinal.
     InvalidName,
     /// Two MeshClusters or two Nodes with one name: neither is believed.
     DuplicateName,
@@ -340,14 +341,22 @@ struct Place<'a> {
     name: &'a str,
 }
 
-/// Collects what is refused.
+/// Collects what is refused. Of each object no more than [`TOLD`], the first in their order: a tenant's lists are long, and
+/// whoever has that much to mend begins with those.
 #[derive(Debug, Default)]
-struct Refused(BTreeSet<Rejection>);
+struct Refused(BTreeMap<(Kind, String), BTreeSet<(String, Reason, String)>>);
+
+/// Rejections of one object that are told of.
+const TOLD: usize = 32;
 
 impl Refused {
     fn add(&mut self, at: Place<'_>, field: impl Into<String>, refusal: Refusal) {
-        let Refusal { reason, message } = refusal;
-        self.0.insert(Rejection { kind: at.kind, name: at.name.to_owned(), field: field.into(), reason, message });
+        let of_object = self.0.entry((at.kind, at.name.to_owned())).or_default();
+        of_object.insert((field.into(), refusal.reason, refusal.message));
+        // One more tells that there are more.
+        if of_object.len() > TOLD + 1 {
+            of_object.pop_last();
+        }
     }
 
     /// The value, or nothing and a rejection.
@@ -367,7 +376,18 @@ impl Refused {
 
     /// In a stable order, without repetitions.
     fn into_vec(self) -> Vec<Rejection> {
-        self.0.into_iter().collect()
+        let objects = self.0.into_iter().flat_map(|((kind, name), mut refused)| {
+            if refused.len() > TOLD {
+                refused.pop_last();
+                let message = format!("more than {TOLD} values of this object are refused: mend those first");
+                refused.insert(("spec".to_owned(), Reason::TooMany, message));
+            }
+            refused.into_iter().map(move |(field, reason, message)| {
+                let name = name.clone();
+                Rejection { kind, name, field, reason, message }
+            })
+        });
+        objects.collect()
     }
 }
 

@@ -111,8 +111,9 @@ fn member(
     let gateways = gateways(&name, cluster, mesh_domain, keys, refused);
     let mut allowed = Vec::new();
     let list = refused.first(at, "spec.allowedCIDRs", &cluster.spec.allowed_cidrs, limits::ALLOWED_CIDRS);
+    let mut seen = BTreeSet::new();
     for (i, text) in list.iter().enumerate() {
-        let parsed = once(list, i).and_then(|()| prefix::parse(text));
+        let parsed = once(&mut seen, text).and_then(|()| prefix::parse(text));
         allowed.extend(refused.accept(at, format!("spec.allowedCIDRs[{i}]"), parsed));
     }
     let keepalive = cluster.spec.persistent_keepalive_seconds.and_then(|seconds| {
@@ -196,8 +197,10 @@ fn routes(members: &mut [Read], advertisements: &[RouteAdvertisement], overlay: 
     let names: BTreeSet<MemberName> = members.iter().map(|read| read.name.clone()).collect();
     let mut by_member: BTreeMap<MemberName, Vec<&RouteAdvertisement>> = BTreeMap::new();
     for advertisement in advertisements {
-        let parsed = known(&advertisement.spec.cluster, &names);
-        if let Some(name) = refused.accept(advertisement_at(advertisement), "spec.cluster", parsed) {
+        let (at, cluster) = (advertisement_at(advertisement), &advertisement.spec.cluster);
+        let named = refused.accept(at, "metadata.name", is_one_of(cluster, at.name));
+        let member = refused.accept(at, "spec.cluster", known(cluster, &names));
+        if let (Some(()), Some(name)) = (named, member) {
             by_member.entry(name).or_default().push(advertisement);
         }
     }
@@ -212,11 +215,23 @@ fn routes(members: &mut [Read], advertisements: &[RouteAdvertisement], overlay: 
     }
 }
 
-/// That no earlier entry is the same: the API server takes such a list for a set.
-fn once(list: &[String], i: usize) -> Result<(), Refusal> {
-    match list[..i].contains(&list[i]) {
-        false => Ok(()),
-        true => Err(refusal(Reason::DuplicateEntry, format!("{} is there twice: remove this one", quoted(&list[i])))),
+/// That an advertisement of that member may have this name: the member's own, or that with a number behind it.
+pub(super) fn is_one_of(cluster: &str, name: &str) -> Result<(), Refusal> {
+    let text = name.strip_prefix(cluster).and_then(|rest| rest.strip_prefix('.')).unwrap_or_default();
+    let number = text.parse().unwrap_or(0);
+    if name == cluster || ((1..limits::ADVERTISEMENTS).contains(&number) && number.to_string() == text) {
+        return Ok(());
+    }
+    let (name, cluster, last) = (quoted(name), cluster.escape_debug(), limits::ADVERTISEMENTS - 1);
+    let message = format!("{name} is none of {cluster} and {cluster}.1 to {cluster}.{last}: create it anew under such a name");
+    Err(refusal(Reason::InvalidName, message))
+}
+
+/// That no entry that was `seen` is the same: the API server takes such a list for a set.
+fn once<'a>(seen: &mut BTreeSet<&'a str>, text: &'a str) -> Result<(), Refusal> {
+    match seen.insert(text) {
+        true => Ok(()),
+        false => Err(refusal(Reason::DuplicateEntry, format!("{} is there twice: remove this one", quoted(text)))),
     }
 }
 
@@ -276,8 +291,9 @@ fn offer(advertisement: &RouteAdvertisement, names: &BTreeSet<MemberName>, refus
     }
     let mut to = BTreeSet::new();
     let list = refused.first(at, "spec.to", &advertisement.spec.to, limits::TO);
+    let mut seen = BTreeSet::new();
     for (i, text) in list.iter().enumerate() {
-        let parsed = once(list, i).and_then(|()| known(text, names));
+        let parsed = once(&mut seen, text).and_then(|()| known(text, names));
         to.extend(refused.accept(at, format!("spec.to[{i}]"), parsed));
     }
     Offer::To(to)

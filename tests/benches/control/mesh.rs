@@ -60,7 +60,7 @@ pub(crate) fn ranges(member: u16, advertisement: u16, changed: usize) -> [String
 }
 
 pub(crate) fn advertisement(member: u16, number: u16) -> String {
-    format!("{}-{number}", name(member))
+    format!("{}.{}", name(member), number + 1)
 }
 
 pub(crate) fn routes(ranges: &[String]) -> Value {

@@ -105,9 +105,14 @@ impl Client {
         host.run(|| self.runtime.block_on(send(self.client.clone(), ask.request(token)?))).with_context(|| ask.shown())
     }
 
-    /// Asks for all of them, several at a time; every one must succeed.
-    pub(crate) fn ask_all(&self, host: &Host, token: &str, asks: impl Iterator<Item = Ask> + Send) -> Result<()> {
-        let mut asks = asks;
+    /// Asks for all of them, several at a time, and hands on what was said to each, in any order.
+    pub(crate) fn ask_all(
+        &self,
+        host: &Host,
+        token: &str,
+        mut asks: impl Iterator<Item = Ask> + Send,
+        mut each: impl FnMut(&Ask, Answer) -> Result<()> + Send,
+    ) -> Result<()> {
         host.run(|| {
             self.runtime.block_on(async {
                 let mut sent = JoinSet::new();
@@ -120,8 +125,7 @@ impl Client {
                     }
                     let Some(answer) = sent.join_next().await else { return Ok(()) };
                     let (answer, ask) = answer?;
-                    let answer = answer.with_context(|| ask.shown())?;
-                    answer.map_err(|refusal| anyhow::anyhow!("{}: {refusal:?}", ask.shown()))?;
+                    each(&ask, answer.with_context(|| ask.shown())?)?;
                 }
             })
         })

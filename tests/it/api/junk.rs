@@ -1,13 +1,14 @@
-//! Objects that nobody needs: very many, and a very large one.
+//! Objects that nobody needs: as many as can be made, as large as can be, and changed as often as can be.
 
 use std::{
+    collections::BTreeMap,
     fs,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
-use lab::{apiserver::Store, carrick::Running};
-use serde_json::json;
+use lab::carrick::Running;
+use serde_json::{Value, json};
 
 use super::{
     client::Ask,
@@ -16,53 +17,71 @@ use super::{
     world::{TENANT, VA, World, advertisement},
 };
 
-/// So many of them are deleted again.
-const DELETED: usize = 200;
+/// Names that a member's team tries.
+const NAMES: usize = 5_000;
+/// RouteAdvertisements that a member may have.
+const ACCEPTED: usize = 64;
+/// Times that each of them is changed.
+const CHANGES: usize = 10;
 /// MiB: what the chart grants a worker's agent, its BPF maps included.
 const MEMORY: u64 = 128;
 /// How long a change may take to arrive behind all that, on a machine that has more to do.
-const LATE: Duration = Duration::from_secs(120);
+const LATE: Duration = Duration::from_secs(60);
 
-/// Advertisements that a member's team makes, each refused: as many as fit into the time that all checks may take.
-fn junk(store: Store) -> usize {
-    match store {
-        Store::Etcd => 5_000,
-        Store::Kine => 1_000,
-    }
+/// As large as the schema allows, and nothing of it can be used.
+fn junk(name: usize, change: usize) -> Value {
+    let ranges: Vec<String> = (0..64).map(|n| format!("10.98.{}.{name}/32", n + change)).collect();
+    let mut junk = advertisement("junk", &ranges.iter().map(String::as_str).collect::<Vec<_>>());
+    junk["metadata"]["name"] = named(name).into();
+    junk["spec"]["to"] = (0..1024).map(|n| format!("{n:04}-{}", "x".repeat(58))).collect();
+    junk
+}
+
+fn named(name: usize) -> String {
+    if name == 0 { "junk".to_owned() } else { format!("junk.{name}") }
 }
 
 pub(super) fn junk_and_giants_hold_nobody_up(world: &mut World) -> Result<()> {
-    world.spoil();
-    let made_up = junk(world.store);
     let running = world.start_both()?;
     world.put("meshclusters", &[object("MeshCluster", "junk", &json!({"id": 3, "allowedCIDRs": ["10.99.0.0/16"]}))])?;
     let before = used(&running)?;
     let began = Instant::now();
     let path = format!("{MESH}/routeadvertisements");
-    let name = |n: usize| format!("junk-{n}");
-    let create = |n: usize| {
-        let mut junk = advertisement("junk", &[&format!("10.98.{}.{}/32", n / 256 % 256, n % 256)]);
-        junk["metadata"]["name"] = name(n).into();
-        Ask::create(&path, junk)
-    };
-    world.ask_all(TENANT, (0..made_up).map(create))?;
-    let made = began.elapsed();
+    let beyond = (ACCEPTED..NAMES).map(|name| {
+        let mut small = advertisement("junk", &["10.98.0.0/16"]);
+        small["metadata"]["name"] = named(name).into();
+        small
+    });
+    let all = (0..ACCEPTED).map(|name| junk(name, 0)).chain(beyond);
+    let codes = world.count_all(TENANT, all.map(|object| Ask::create(&path, object)))?;
+    println!("{NAMES} names tried in {:?}", began.elapsed());
+    let wanted = BTreeMap::from([(200, ACCEPTED), (422, NAMES - ACCEPTED)]);
+    ensure!(codes == wanted, "created by code: {codes:?}, wanted: {wanted:?}");
     let giant = json!([{"key": "a", "operator": "In", "values": ["x".repeat(1 << 20)]}]);
     let giant = object("EgressPolicy", "giant", &json!({"podSelector": {"matchExpressions": giant}}));
     world.admin(&Ask::create(&format!("{MESH}/egresspolicies"), giant))?;
-
     let followed = follow(world, "10.45.1.0/24")?;
-    let after = used(&running)?;
-    println!("{made_up} objects in {made:?}; then a change to another member's arrives in {followed:?}");
-    println!("MiB at most, and seconds of a processor, of gateway and worker: {before:?}, then {after:?}");
-    ensure!(after.iter().all(|(mebibytes, _)| *mebibytes <= MEMORY), "{after:?}, and the chart grants {MEMORY} MiB");
+    println!("then a change to another member's advertisement arrives in {followed:?}");
+
+    let began = Instant::now();
+    let changes = (1..=CHANGES).flat_map(|change| (0..ACCEPTED).map(move |name| (name, change)));
+    let changes = changes.map(|(name, change)| {
+        Ask::merge(&format!("{path}/{}", named(name)), json!({"spec": {"routes": junk(name, change)["spec"]["routes"]}}))
+    });
+    world.ask_all(TENANT, changes)?;
+    let made = began.elapsed();
+    let followed = follow(world, "10.45.2.0/24")?;
+    println!("{} changes in {made:?}, and one behind them arrives in {followed:?}", ACCEPTED * CHANGES);
 
     let seen = world.server.audit()?.len();
-    world.ask_all(ADMIN, (0..DELETED).map(|n| Ask::delete(&format!("{path}/{}", name(n)))))?;
-    let followed = follow(world, "10.45.2.0/24")?;
+    world.ask_all(ADMIN, (0..ACCEPTED).map(|name| Ask::delete(&format!("{path}/{}", named(name)))))?;
+    let followed = follow(world, "10.45.3.0/24")?;
     let requests: usize = asked(&world.server.audit()?[seen..], "worker").values().sum();
-    println!("{DELETED} deleted, and a change behind them arrives in {followed:?}: {requests} requests of a worker");
-    ensure!(requests <= DELETED, "{requests} requests because of {DELETED} deletions");
+    println!("{ACCEPTED} deleted, and a change behind them arrives in {followed:?}: {requests} requests of a worker");
+    ensure!(requests <= ACCEPTED, "{requests} requests because of {ACCEPTED} deletions");
+    let after = used(&running)?;
+    println!("MiB at most, and seconds of a processor, of gateway and worker: {before:?}, then {after:?}");
+    ensure!(after.iter().all(|(mebibytes, _)| *mebibytes <= MEMORY), "{after:?}, and the chart grants {MEMORY} MiB");
     Ok(())
 }
 

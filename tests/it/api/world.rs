@@ -42,7 +42,6 @@ pub(crate) const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";
 pub(crate) struct World {
     kubernetes: Kubernetes,
     pub(crate) store: Store,
-    spoilt: bool,
 }
 
 impl Deref for World {
@@ -74,14 +73,14 @@ pub(crate) fn on(store: Store, tests: usize, test: fn(&mut World) -> Result<()>)
     };
     // One in which a test has failed is not used again.
     let after = run(world.take()).unwrap_or_else(|error| panic!("{error:?}"));
-    *world = Some(after).filter(|world| *ran < tests && !world.spoilt);
+    *world = Some(after).filter(|_| *ran < tests);
 }
 
 impl World {
     /// One of its own, which ends with the value.
     pub(crate) fn new(store: Store) -> Result<World> {
         let kubernetes = Kubernetes::new(&format!("api-{store:?}"), carrick()?, store, &USERS)?;
-        let world = World { kubernetes, store, spoilt: false };
+        let world = World { kubernetes, store };
         world.make_tenant().and_then(|()| world.wait_policies()).inspect_err(|_| world.show_logs())?;
         Ok(world)
     }
@@ -139,11 +138,6 @@ impl World {
             self.admin(&Ask::delete(&format!("{MESH}/{plural}")))?;
         }
         [GATEWAY, WORKER].into_iter().try_for_each(|node| self.carrick.cleanup(self.node(node)).map(drop))
-    }
-
-    /// Nobody can use this world any more after this test.
-    pub(crate) fn spoil(&mut self) {
-        self.spoilt = true;
     }
 
     /// The mesh: this member, whose gateway's key is the one that it has made, and another that nobody answers for.

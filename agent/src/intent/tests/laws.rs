@@ -86,8 +86,11 @@ fn any_objects() -> impl Strategy<Value = Objects> {
     (names, vec(any_cluster(), 0..8), vec(any_advertisement(), 0..12)).prop_map(
         |((names, twice), specs, advertised)| {
             let cluster = |(name, spec)| MeshCluster { metadata: named(name), spec, status: None };
-            let advertisement =
-                |(i, spec)| RouteAdvertisement { metadata: named(&format!("r{i}")), spec, status: None };
+            let advertisement = |(i, spec): (usize, RouteAdvertisementSpec)| {
+                // The last of so many has no name for that.
+                let name = if i == 11 { "routes".to_owned() } else { format!("{}.{}", spec.cluster, i + 1) };
+                RouteAdvertisement { metadata: named(&name), spec, status: None }
+            };
             let clusters = twice.into_iter().chain(names).zip(specs).map(cluster).collect();
             let advertisements = advertised.into_iter().enumerate().map(advertisement).collect();
             Objects { clusters, advertisements, ..Objects::default() }
@@ -261,7 +264,7 @@ fn without(mut objects: Objects, refused: &[Rejection]) -> Objects {
         spec.dns_aliases.retain(|_| !cluster_is(&at, "spec.dnsAliases"));
     }
     let route_is = |a: &RouteAdvertisement, field: &str| is(Kind::RouteAdvertisement, &a.metadata.name, field);
-    objects.advertisements.retain(|a| !route_is(a, "spec.cluster"));
+    objects.advertisements.retain(|a| !route_is(a, "metadata.name") && !route_is(a, "spec.cluster"));
     for advertisement in &mut objects.advertisements {
         let at = advertisement.clone();
         let spec = &mut advertisement.spec;
@@ -317,7 +320,10 @@ fn holders(objects: &Objects, mesh: &Mesh) -> BTreeMap<MemberName, BTreeSet<IpNe
         let cluster = objects.clusters.iter().find(|c| c.metadata.name.as_deref() == Some(name.as_str()));
         let allowed: Vec<IpNetwork> =
             cluster.iter().flat_map(|c| &c.spec.allowed_cidrs).flat_map(|t| prefix::parse(t)).collect();
-        let mine = objects.advertisements.iter().filter(|a| a.spec.cluster == name.as_str());
+        let mine = |a: &&RouteAdvertisement| {
+            a.spec.cluster == name.as_str() && a.metadata.name.as_ref().is_some_and(|own| own.starts_with(name.as_str()))
+        };
+        let mine = objects.advertisements.iter().filter(mine);
         let claims = mine.flat_map(|a| &a.spec.routes).filter_map(|route| supported(route).ok());
         let free = |claim: &IpNetwork| !held.values().flatten().any(|other| overlap(*claim, *other));
         let allowed = |claim: &IpNetwork| allowed.iter().any(|allowed| covers(*allowed, *claim));
@@ -544,6 +550,23 @@ proptest! {
         for rejection in refused {
             prop_assert!(!rejection.to_string().contains(char::is_control), "{:?}", rejection);
         }
+    }
+}
+
+/// However many are made, a member has no more of them than a node can bear, and none has a name of another's.
+#[test]
+fn a_member_has_64_names_for_advertisements() {
+    let names = |cluster: &str| -> BTreeSet<String> {
+        let prefixes = ["mn", "mn.", "mn.x", "mn.0", "mn.+", "mnn.", "va", "va.", "m", ".", ""];
+        let all = prefixes.iter().flat_map(|prefix| {
+            let numbered = (0..20_000).map(move |number| format!("{prefix}{number}"));
+            numbered.chain([(*prefix).to_owned()])
+        });
+        all.filter(|name| super::super::folder::is_one_of(cluster, name).is_ok()).collect()
+    };
+    let wanted = |cluster: &str| (1..64).map(|n| format!("{cluster}.{n}")).chain([cluster.to_owned()]).collect();
+    for cluster in ["mn", "va"] {
+        assert_eq!(names(cluster), wanted(cluster));
     }
 }
 
