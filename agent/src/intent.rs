@@ -347,7 +347,7 @@ struct Place<'a> {
 struct Refused(BTreeMap<(Kind, String), BTreeSet<(String, Reason, String)>>);
 
 /// Rejections of one object that are told of.
-const TOLD: usize = 32;
+const TOLD: usize = 16;
 
 impl Refused {
     fn add(&mut self, at: Place<'_>, field: impl Into<String>, refusal: Refusal) {

@@ -215,11 +215,13 @@ fn routes(members: &mut [Read], advertisements: &[RouteAdvertisement], overlay: 
     }
 }
 
-/// That an advertisement of that member may have this name: the member's own, or that with a number behind it.
+/// That an advertisement of that member may have this name: the member's own, or that with a number behind it. Where that
+/// is no member's name, nothing is said of this one.
 pub(super) fn is_one_of(cluster: &str, name: &str) -> Result<(), Refusal> {
     let text = name.strip_prefix(cluster).and_then(|rest| rest.strip_prefix('.')).unwrap_or_default();
     let number = text.parse().unwrap_or(0);
-    if name == cluster || ((1..limits::ADVERTISEMENTS).contains(&number) && number.to_string() == text) {
+    let numbered = (1..limits::ADVERTISEMENTS).contains(&number) && number.to_string() == text;
+    if numbered || name == cluster || cluster.parse::<MemberName>().is_err() {
         return Ok(());
     }
     let (name, cluster, last) = (quoted(name), cluster.escape_debug(), limits::ADVERTISEMENTS - 1);

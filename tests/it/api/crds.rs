@@ -173,7 +173,7 @@ pub(super) fn what_must_not_change_does_not(world: &mut World) -> Result<()> {
         meshclusters/mn {"spec":{"allowedCIDRs":[]}}
         => accepted
         routeadvertisements/mn {"spec":{"cluster":"va"}}
-        => 422 spec.cluster: Invalid value: "va": is immutable: delete the object and create it anew
+        => 422 [<nil>: Invalid value: metadata.name must be the name in spec.cluster, alone or with a number behind it: .1 to .63, spec.cluster: Invalid value: "va": is immutable: delete the object and create it anew]
         routeadvertisements/mn {"spec":{"to":["va"]}}
         => accepted
     "#]].assert_eq(&text);

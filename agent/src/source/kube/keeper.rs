@@ -26,7 +26,8 @@ pub(super) struct Keeper {
     node: Option<String>,
     /// What was last handed over to be written.
     noted: Option<Arc<Snapshot>>,
-    wanted: Option<Kept>,
+    /// What is to be written, and since when it is in force.
+    wanted: Option<(Timestamp, Arc<Snapshot>)>,
     writing: Option<JoinHandle<Result<(), KeepError>>>,
     next: Instant,
     trouble: Option<String>,
@@ -54,8 +55,7 @@ impl Keeper {
         if self.wanted.is_none() {
             self.next = self.next.max(Instant::now() + SOON);
         }
-        let (saved, node) = (Timestamp::now(), self.node.clone());
-        self.wanted = Some(Kept { saved, node, objects: snapshot.objects.clone() });
+        self.wanted = Some((Timestamp::now(), snapshot.clone()));
         self.noted = Some(snapshot.clone());
     }
 
@@ -74,8 +74,13 @@ impl Keeper {
                 }
             } else if let (Some(dir), true) = (&self.dir, self.wanted.is_some()) {
                 sleep_until(self.next).await;
-                let dir = dir.clone();
-                self.writing = self.wanted.take().map(|kept| spawn_blocking(move || kept::write(&dir, &kept)));
+                let (dir, node) = (dir.clone(), self.node.clone());
+                let write = |(saved, snapshot): (Timestamp, Arc<Snapshot>)| {
+                    spawn_blocking(move || {
+                        kept::write(&dir, &Kept { saved, node, objects: snapshot.objects.clone() })
+                    })
+                };
+                self.writing = self.wanted.take().map(write);
             } else {
                 pending::<()>().await;
             }
