@@ -80,7 +80,8 @@ fn advertisements_are_few() -> Rule {
                     && self.metadata.name.startsWith(self.spec.cluster + '.')";
     let number = "int(self.metadata.name.substring(size(self.spec.cluster) + 1))";
     Rule::new(format!("{plain} || {numbered} && {number} <= {last}")).message(
-        format!("metadata.name must be the name in spec.cluster, alone or with a number behind it: .1 to .{last}").as_str(),
+        format!("metadata.name must be the name in spec.cluster, alone or with a number behind it: .1 to .{last}")
+            .as_str(),
     )
 }
 

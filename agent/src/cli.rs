@@ -71,6 +71,7 @@ fn run_plugin(command: PluginCommand) -> anyhow::Result<bool> {
         PluginCommand::Plan(args) => kubectl::run(Question::Plan, &args),
         PluginCommand::Export(args) => run(Command::Export(args)),
         PluginCommand::Validate(args) => run(Command::Validate(args)),
+        PluginCommand::Keys(args) => block_on(keys::run_secret(args)),
     }
 }
 

@@ -9,6 +9,7 @@
 
 mod api;
 mod known;
+mod secret;
 mod statuses;
 mod task;
 #[cfg(test)]
@@ -19,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-pub use self::{api::read_keys, known::Known, task::follow};
+pub use self::{known::Known, secret::SlotSecret, task::follow};
 
 use self::statuses::Statuses;
 use crate::{
@@ -39,7 +40,8 @@ const SILENT: Duration = Duration::from_secs(20);
 const ALONE: Duration = Duration::from_secs(10);
 /// What has failed is not asked again before: four times a minute at most.
 const RETRY: Duration = Duration::from_secs(15);
-/// How often the key is read again: somebody may have added one.
+/// How often the keys are read again: somebody may have taken one away. Where the folder names one that is not among them,
+/// it is after [`RETRY`].
 const KEY_AGAIN: Duration = Duration::from_secs(300);
 /// An object is written once in so long at most.
 const WRITE_AGAIN: Duration = Duration::from_secs(10);
@@ -279,7 +281,11 @@ impl Gateway {
     }
 
     fn key(&self, now: Duration) -> Option<Ask> {
-        let due = |keys: &Keys| now.saturating_sub(keys.read) >= KEY_AGAIN;
+        let due = |keys: &Keys| {
+            let named = self.known.named.as_ref().and_then(|named| named.get(&keys.slot));
+            let added = named.is_some_and(|named| keys.keys.iter().all(|(key, _)| key != named));
+            now.saturating_sub(keys.read) >= if added { RETRY } else { KEY_AGAIN }
+        };
         self.keys.as_ref().is_none_or(due).then_some(Ask::Key(self.hold?))
     }
 

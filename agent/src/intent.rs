@@ -315,7 +315,7 @@ impl fmt::Display for Rejection {
 }
 
 /// Why one value was refused, before it is known where it stands.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Refusal {
     reason: Reason,
     message: String,
@@ -344,7 +344,7 @@ struct Place<'a> {
 /// Collects what is refused. Of each object no more than [`TOLD`], the first in their order: a tenant's lists are long, and
 /// whoever has that much to mend begins with those.
 #[derive(Debug, Default)]
-struct Refused(BTreeMap<(Kind, String), BTreeSet<(String, Reason, String)>>);
+struct Refused(BTreeMap<(Kind, String), BTreeSet<(String, Refusal)>>);
 
 /// Rejections of one object that are told of.
 const TOLD: usize = 16;
@@ -352,7 +352,7 @@ const TOLD: usize = 16;
 impl Refused {
     fn add(&mut self, at: Place<'_>, field: impl Into<String>, refusal: Refusal) {
         let of_object = self.0.entry((at.kind, at.name.to_owned())).or_default();
-        of_object.insert((field.into(), refusal.reason, refusal.message));
+        of_object.insert((field.into(), refusal));
         // One more tells that there are more.
         if of_object.len() > TOLD + 1 {
             of_object.pop_last();
@@ -380,9 +380,9 @@ impl Refused {
             if refused.len() > TOLD {
                 refused.pop_last();
                 let message = format!("more than {TOLD} values of this object are refused: mend those first");
-                refused.insert(("spec".to_owned(), Reason::TooMany, message));
+                refused.insert(("spec".to_owned(), refusal(Reason::TooMany, message)));
             }
-            refused.into_iter().map(move |(field, reason, message)| {
+            refused.into_iter().map(move |(field, Refusal { reason, message })| {
                 let name = name.clone();
                 Rejection { kind, name, field, reason, message }
             })

@@ -57,6 +57,7 @@ on_both_stores! {
     ranges::a_cni_s_ranges_are_read_as_they_come,
     ranges::services_ranges_are_nobody_else_s,
     rights::each_may_do_its_own_and_nothing_else,
+    slots::a_slot_s_key_is_rotated_by_the_plugin_and_the_folder,
     slots::an_auto_slot_is_taken_over_from_who_is_gone_whatever_the_clocks_say,
     watches::a_steady_cluster_is_not_asked_for_anything,
 }

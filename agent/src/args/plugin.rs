@@ -4,8 +4,11 @@ use std::path::Path;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
-use super::{Access, DEFAULT_NAMESPACE, Export, Output, Validate};
-use crate::names::NodeName;
+use super::{Access, DEFAULT_NAMESPACE, Export, Output, Validate, ordinal};
+use crate::{
+    keys::PublicKey,
+    names::{NodeName, Ordinal},
+};
 
 /// What kubectl looks for in the PATH.
 const FILE: &str = "kubectl-carrick";
@@ -33,6 +36,50 @@ pub enum PluginCommand {
     /// Checks a folder of manifests; without one, what the API server has. Prints every refusal; exit code 1 if there is
     /// any.
     Validate(Validate),
+    /// Shows and replaces the WireGuard keys of a slot, which are in its Secret, `carrick-gateway-N`.
+    ///
+    /// To replace one: `keys add`; name the new one in the mesh's folder, in place of the old, and apply that in every
+    /// cluster; then `keys drop` the old one. The slot's traffic moves to the new key as each cluster hears of it:
+    /// drain the gateway before, where nothing may be lost.
+    #[command(subcommand)]
+    Keys(SecretKeys),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SecretKeys {
+    /// Prints the public half of the slot's keys.
+    Show {
+        #[command(flatten)]
+        slot: SecretSlot,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Adds a second key, and prints its public half. The gateway uses the one that the mesh's folder names.
+    Add {
+        #[command(flatten)]
+        slot: SecretSlot,
+    },
+    /// Takes a key away that is no longer used.
+    Drop {
+        /// Its public half.
+        #[arg(value_name = "PUBLIC KEY")]
+        key: PublicKey,
+        #[command(flatten)]
+        slot: SecretSlot,
+    },
+}
+
+/// Which Secret, and how to get there.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct SecretSlot {
+    /// The gateway slot, 0 to 7.
+    #[arg(long, value_name = "N", default_value = "0", value_parser = ordinal)]
+    pub ordinal: Ordinal,
+    /// Where the chart is installed.
+    #[arg(short, long, value_name = "NAMESPACE", default_value = DEFAULT_NAMESPACE)]
+    pub namespace: String,
+    #[command(flatten)]
+    pub access: Access,
 }
 
 /// Which agents, and how to get there.

@@ -1,11 +1,14 @@
-//! `carrick keys`.
+//! `carrick keys` and `kubectl carrick keys`.
 
-use anyhow::bail;
+use anyhow::{Error, bail};
 use serde::Serialize;
 
 use crate::{
-    args,
+    args::{self, Format, SecretKeys, SecretSlot},
+    gateway::SlotSecret,
     keyring::{self, Keyring, Wanted},
+    keys::PublicKey,
+    names::Ordinal,
 };
 
 #[derive(Serialize)]
@@ -35,10 +38,28 @@ pub(super) fn run(args: args::Keys) -> anyhow::Result<bool> {
                 let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
                 bail!(problems.join("\n"));
             }
-            let public_keys: Vec<String> = keyring.private.keys().map(ToString::to_string).collect();
-            let answer = Answer { ordinal: slot.ordinal.get(), public_keys };
-            super::print(output.output, &answer, || answer.public_keys.iter().map(|key| format!("{key}\n")).collect())?;
+            show(slot.ordinal, keyring.private.keys(), output.output)?;
         }
     }
     Ok(true)
+}
+
+/// What is in a slot's Secret.
+pub(super) async fn run_secret(args: SecretKeys) -> anyhow::Result<bool> {
+    let (SecretKeys::Show { slot, .. } | SecretKeys::Add { slot } | SecretKeys::Drop { slot, .. }) = &args;
+    let SecretSlot { ordinal, namespace, access } = slot;
+    let secret = SlotSecret::new(&access.server(), Some(namespace), *ordinal).await.map_err(Error::msg)?;
+    match &args {
+        SecretKeys::Show { output, .. } => {
+            show(*ordinal, secret.read().await.map_err(Error::msg)?.keys(), output.output)?;
+        }
+        SecretKeys::Add { .. } => println!("{}", secret.add().await.map_err(Error::msg)?),
+        SecretKeys::Drop { key, .. } => secret.take(*key).await.map_err(Error::msg)?,
+    }
+    Ok(true)
+}
+
+fn show<'a>(slot: Ordinal, keys: impl Iterator<Item = &'a PublicKey>, format: Format) -> anyhow::Result<()> {
+    let answer = Answer { ordinal: slot.get(), public_keys: keys.map(ToString::to_string).collect() };
+    super::print(format, &answer, || answer.public_keys.iter().map(|key| format!("{key}\n")).collect())
 }

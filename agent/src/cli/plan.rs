@@ -15,7 +15,7 @@ use crate::{
     causes::with_cause,
     dial::Dialer,
     diff::diff,
-    gateway,
+    gateway::SlotSecret,
     kernel::{Linux, bpf::Bpf, facts},
     reconcile::{Kernel, waits},
     resolve::{Resolved, Resolver},
@@ -44,7 +44,10 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     let snapshot = source::read(&origin).await?;
     let view = View::new(&snapshot, &args.node);
     let secret = match (&origin, view.intent.slot_of(&node_name(&args.node))) {
-        (Origin::Kube(server), Some(slot)) => Some(gateway::read_keys(server, slot).await),
+        (Origin::Kube(server), Some(slot)) => Some(match SlotSecret::new(server, None, slot).await {
+            Ok(secret) => secret.read().await,
+            Err(why) => Err(why),
+        }),
         _ => None,
     };
     let mut keys = Keys::default();

@@ -3,7 +3,7 @@
 //! Invariants: what is written over has been read before (its resource version goes along), but for the MeshGateway, which
 //! is applied. No key is ever in an error.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use k8s_openapi::{
     ByteString,
@@ -30,37 +30,20 @@ use crate::{
     causes::with_cause,
     conditions::{News, Saying, Subject},
     keyring,
-    keys::{PrivateKey, PublicKey},
+    keys::PrivateKey,
     names::{NodeName, Ordinal},
-    slot, source,
+    slot,
 };
 
 /// Owns, by server-side apply, what this module writes.
 const MANAGER: &str = "carrick";
 /// The Secret's entry: what a file `gateway-ORDINAL` of the keys' folder holds.
 pub(super) const ENTRY: &str = "key";
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Of a slot's Lease and of its Secret.
 pub(super) fn name(slot: Ordinal) -> String {
     format!("carrick-gateway-{slot}")
-}
-
-/// The keys of a slot as its Secret has them, for who only looks: nothing is made. An error says what to do.
-pub async fn read_keys(server: &source::Server, slot: Ordinal) -> Result<BTreeMap<PublicKey, PrivateKey>, String> {
-    let client = server.client().await.map_err(|error| error.to_string())?;
-    let (secrets, name) = (Api::<Secret>::default_namespaced(client), name(slot));
-    let what = format!("Secret {name}");
-    let read = timeout(PATIENCE, secrets.get(&name)).await;
-    let read = read.map_err(|_| format!("{what}: the API server does not answer"))?;
-    let mut secret = read.map_err(|error| failure(&error, &what))?;
-    let keys = keys_of(&secret);
-    wipe(&mut secret);
-    match keys {
-        Ok(Some(keys)) => Ok(keys.into_iter().map(|key| (key.public(), key)).collect()),
-        Ok(None) => Err(format!("{what}: there is no key in it yet: the agent makes it")),
-        Err(fault) => Err(format!("{what}, entry {ENTRY}: {fault}")),
-    }
 }
 
 pub(super) struct Server {
@@ -137,8 +120,7 @@ impl Server {
             return Ok(told(&name, keys));
         }
         let key = keyring::random();
-        let text = ByteString(format!("{}\n", key.to_base64().as_str()).into_bytes());
-        secret.data.get_or_insert_default().insert(ENTRY.to_owned(), text);
+        put(&mut secret, &[key]);
         // It says which version it replaces: of two that make a key at once, one is refused, and reads the other's.
         let replaced = self.secrets.replace(&name, &PostParams::default(), &secret).await;
         wipe(&mut secret);
@@ -297,6 +279,19 @@ pub(super) fn keys_of(secret: &Secret) -> Result<Option<Vec<PrivateKey>>, keyrin
     }
 }
 
+/// Puts the keys there in place of what was, a line each.
+pub(super) fn put(secret: &mut Secret, keys: &[PrivateKey]) {
+    // No larger one is made of it, with a copy left behind.
+    let mut text = ByteString(Vec::with_capacity(64 * keys.len()));
+    for key in keys {
+        text.0.extend_from_slice(key.to_base64().as_bytes());
+        text.0.push(b'\n');
+    }
+    if let Some(mut before) = secret.data.get_or_insert_default().insert(ENTRY.to_owned(), text) {
+        before.0.zeroize();
+    }
+}
+
 fn told(name: &str, keys: Result<Option<Vec<PrivateKey>>, keyring::KeyFault>) -> Answer {
     match keys {
         Ok(Some(keys)) => Answer::Keys(keys),
@@ -305,7 +300,7 @@ fn told(name: &str, keys: Result<Option<Vec<PrivateKey>>, keyring::KeyFault>) ->
     }
 }
 
-fn wipe(secret: &mut Secret) {
+pub(super) fn wipe(secret: &mut Secret) {
     secret.data.iter_mut().flat_map(|data| data.values_mut()).for_each(|text| text.0.zeroize());
 }
 
@@ -322,7 +317,7 @@ fn what(ask: &Ask) -> String {
 }
 
 /// What went wrong, and the remedy.
-fn failure(error: &Error, what: &str) -> String {
+pub(super) fn failure(error: &Error, what: &str) -> String {
     match error {
         Error::Api(status) => match (status.code, status.message.as_str()) {
             (403, message) => format!("{what}: {message} (403): grant it, as the chart's RBAC does"),

@@ -225,7 +225,8 @@ pub(super) fn is_one_of(cluster: &str, name: &str) -> Result<(), Refusal> {
         return Ok(());
     }
     let (name, cluster, last) = (quoted(name), cluster.escape_debug(), limits::ADVERTISEMENTS - 1);
-    let message = format!("{name} is none of {cluster} and {cluster}.1 to {cluster}.{last}: create it anew under such a name");
+    let message =
+        format!("{name} is none of {cluster} and {cluster}.1 to {cluster}.{last}: create it anew under such a name");
     Err(refusal(Reason::InvalidName, message))
 }
 

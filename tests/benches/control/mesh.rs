@@ -8,7 +8,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::{
-    client::Ask,
+    client::{Ask, done},
     kubernetes::{ADMIN, Kubernetes, MESH, object},
 };
 
@@ -119,7 +119,7 @@ fn node(n: u16) -> Value {
 
 /// Makes everything but the own member. Two of the nodes are there already.
 pub(crate) fn put(kubernetes: &Kubernetes, members: u16, nodes: u16) -> Result<()> {
-    let all = |asks: &mut (dyn Iterator<Item = Ask> + Send)| kubernetes.ask_all(ADMIN, asks);
+    let all = |asks: &mut (dyn Iterator<Item = Ask> + Send)| kubernetes.ask_all(ADMIN, asks, done);
     all(&mut (0..nodes.saturating_sub(2)).map(|n| Ask::create("/api/v1/nodes", node(n))))?;
     all(&mut (0..members).map(|member| Ask::create(&format!("{MESH}/meshclusters"), cluster(member))))?;
     let numbers = (0..members).flat_map(|member| (0..ADVERTISEMENTS).map(move |number| (member, number)));

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use http::Method;
 use kube::{
     Config, Error,
@@ -78,6 +78,11 @@ impl Ask {
         }
         request.body(bytes).context("a request")
     }
+}
+
+/// That what was asked is done.
+pub(crate) fn done(ask: &Ask, answer: Answer) -> Result<()> {
+    answer.map_err(|refusal| anyhow!("{}: {refusal:?}", ask.shown())).map(drop)
 }
 
 /// A client that is nobody: each request brings a token.

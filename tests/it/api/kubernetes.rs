@@ -4,7 +4,6 @@
 //! Invariant: nothing here is a stand-in. Whoever lacks a right is refused.
 
 use std::{
-    collections::BTreeMap,
     env, fs,
     io::Write,
     net::IpAddr,
@@ -13,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use lab::{
     Carrick, Lab, Member, Node, Process, STATE_DIR,
     apiserver::{ApiServer, Programs, Store, User},
@@ -141,21 +140,14 @@ impl Kubernetes {
         answer.map_err(|refusal| anyhow::anyhow!("{}: {} {}", ask.shown(), refusal.code, refusal.message))
     }
 
-    /// Asks for all of them, several at a time; every one must succeed.
-    pub(crate) fn ask_all(&self, token: &str, asks: impl Iterator<Item = Ask> + Send) -> Result<()> {
-        self.client.ask_all(&self.lab.internet, token, asks, |ask, answer| {
-            answer.map_err(|refusal| anyhow!("{}: {refusal:?}", ask.shown())).map(drop)
-        })
-    }
-
-    /// Asks for all of them, several at a time: how many there are of each answer's code, and what was done is 200.
-    pub(crate) fn count_all(&self, token: &str, asks: impl Iterator<Item = Ask> + Send) -> Result<BTreeMap<u16, usize>> {
-        let mut codes = BTreeMap::new();
-        self.client.ask_all(&self.lab.internet, token, asks, |_, answer| {
-            *codes.entry(answer.map_or_else(|refusal| refusal.code, |_| 200)).or_default() += 1;
-            Ok(())
-        })?;
-        Ok(codes)
+    /// Asks for all of them, several at a time, and hands on what was said to each, in any order.
+    pub(crate) fn ask_all(
+        &self,
+        token: &str,
+        asks: impl Iterator<Item = Ask> + Send,
+        each: impl FnMut(&Ask, Answer) -> Result<()> + Send,
+    ) -> Result<()> {
+        self.client.ask_all(&self.lab.internet, token, asks, each)
     }
 
     /// Puts objects of the mesh there, or makes them so.

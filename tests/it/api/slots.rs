@@ -3,13 +3,15 @@
 use std::{thread::sleep, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use expect_test::expect;
 use lab::{Process, STATE_DIR, wait_for};
 use serde_json::{Value, json};
 
 use super::{
     client::Ask,
-    kubernetes::{GATEWAY, MESH},
-    world::World,
+    export::run,
+    kubernetes::{ADMIN, GATEWAY, MESH},
+    world::{RANGES, World, cluster},
 };
 
 /// The other node's clock is half an hour ahead, and ten times as fast.
@@ -55,6 +57,65 @@ pub(super) fn an_auto_slot_is_taken_over_from_who_is_gone_whatever_the_clocks_sa
     world.admin(&Ask::merge("/api/v1/nodes/mn-1", none))?;
     let leases = "/apis/coordination.k8s.io/v1/namespaces/carrick/leases/carrick-gateway-0";
     world.admin(&Ask::delete(leases)).map(drop)
+}
+
+/// As the plugin's help says: a second key, the folder names it, the first goes. What is in use stays.
+pub(super) fn a_slot_s_key_is_rotated_by_the_plugin_and_the_folder(world: &mut World) -> Result<()> {
+    let [gateway, _worker] = world.start_both()?;
+    let old = slot(world)?["spec"]["publicKey"].as_str().context("a key")?.to_owned();
+    let mut told = plugin(world, "show")?;
+    told += &plugin(world, &format!("drop {old}"))?;
+    let added = plugin(world, "add")?;
+    let new = added.lines().nth(1).context("the public half of a key")?.to_owned();
+    told += &added;
+    told += &plugin(world, "add")?;
+    told += &plugin(world, &format!("drop {new} --ordinal 1"))?;
+
+    world.put("meshclusters", &[cluster("mn", 1, &new, &RANGES)])?;
+    wait_for("the new key to be published", TAKEN_WITHIN, || match slot(world) {
+        Ok(slot) if slot["spec"]["publicKey"] == *new => Ok(()),
+        other => Err(format!("{other:?}")),
+    })?;
+    world.wait_well(GATEWAY)?;
+    told += &plugin(world, &format!("drop {new}"))?;
+    told += &plugin(world, &format!("drop {old}"))?;
+    told += &plugin(world, &format!("drop {old}"))?;
+    told += &plugin(world, "show")?;
+    drop(gateway);
+    let _gateway = world.start(GATEWAY)?;
+    world.wait_well(GATEWAY)?;
+    ensure!(slot(world)?["spec"]["publicKey"] == *new, "{}", slot(world)?);
+    let told = told.replace(&old, "OLD").replace(&new, "NEW");
+    expect![[r#"
+        $ kubectl-carrick keys show
+        OLD
+        $ kubectl-carrick keys drop OLD
+        carrick: Secret carrick-gateway-0: OLD is in use: have the mesh's folder name another first, `keys add` makes one
+        exit code 1
+        $ kubectl-carrick keys add
+        NEW
+        $ kubectl-carrick keys add
+        carrick: Secret carrick-gateway-0 holds 2 keys already: drop the one that is no longer used
+        exit code 1
+        $ kubectl-carrick keys drop NEW --ordinal 1
+        carrick: Secret carrick-gateway-1: there is no key in it yet: the agent makes it
+        exit code 1
+        $ kubectl-carrick keys drop NEW
+        carrick: Secret carrick-gateway-0: NEW is in use: have the mesh's folder name another first, `keys add` makes one
+        exit code 1
+        $ kubectl-carrick keys drop OLD
+        $ kubectl-carrick keys drop OLD
+        carrick: Secret carrick-gateway-0 does not hold OLD: `keys show` says what it holds
+        exit code 1
+        $ kubectl-carrick keys show
+        NEW
+    "#]]
+    .assert_eq(&told);
+    Ok(())
+}
+
+fn plugin(world: &World, line: &str) -> Result<String> {
+    run(world, ADMIN, &[&format!("kubectl-carrick keys {line}")])
 }
 
 fn label(world: &World, node: usize, value: &str) -> Result<()> {

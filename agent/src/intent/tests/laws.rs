@@ -321,7 +321,8 @@ fn holders(objects: &Objects, mesh: &Mesh) -> BTreeMap<MemberName, BTreeSet<IpNe
         let allowed: Vec<IpNetwork> =
             cluster.iter().flat_map(|c| &c.spec.allowed_cidrs).flat_map(|t| prefix::parse(t)).collect();
         let mine = |a: &&RouteAdvertisement| {
-            a.spec.cluster == name.as_str() && a.metadata.name.as_ref().is_some_and(|own| own.starts_with(name.as_str()))
+            a.spec.cluster == name.as_str()
+                && a.metadata.name.as_ref().is_some_and(|own| own.starts_with(name.as_str()))
         };
         let mine = objects.advertisements.iter().filter(mine);
         let claims = mine.flat_map(|a| &a.spec.routes).filter_map(|route| supported(route).ok());

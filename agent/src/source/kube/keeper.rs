@@ -76,9 +76,7 @@ impl Keeper {
                 sleep_until(self.next).await;
                 let (dir, node) = (dir.clone(), self.node.clone());
                 let write = |(saved, snapshot): (Timestamp, Arc<Snapshot>)| {
-                    spawn_blocking(move || {
-                        kept::write(&dir, &Kept { saved, node, objects: snapshot.objects.clone() })
-                    })
+                    spawn_blocking(move || kept::write(&dir, &Kept { saved, node, objects: snapshot.objects.clone() }))
                 };
                 self.writing = self.wanted.take().map(write);
             } else {
