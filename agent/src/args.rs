@@ -11,7 +11,7 @@ use std::{
 use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use ipnetwork::IpNetwork;
 
-pub use self::plugin::{Agents, Plugin, PluginCommand, SecretKeys, SecretSlot};
+pub use self::plugin::{Agents, OfSlot, Plugin, PluginCommand, SecretKeys};
 use crate::{
     names::{MemberName, NodeName, Ordinal},
     source::{Origin, Server},

@@ -201,7 +201,7 @@ macro_rules! reasons {
 reasons! {
     /// What is written is right, but this version cannot do it, and does not pretend to.
     NotYetSupported,
-    /// A list is longer than the schema allows, or than is told of; what is beyond is left out.
+    /// A list is longer than the schema allows; what is beyond is left out.
     TooMany,
     /// The same value twice in a list that is a set.
     DuplicateEntry,
@@ -341,21 +341,28 @@ struct Place<'a> {
     name: &'a str,
 }
 
-/// Collects what is refused. Of each object no more than [`TOLD`], the first in their order: a tenant's lists are long, and
-/// whoever has that much to mend begins with those.
+/// Collects what is refused. Of each object [`TOLD`] values are told, and whether there are more: a tenant's lists are long,
+/// and whoever has that much to mend begins with those.
 #[derive(Debug, Default)]
-struct Refused(BTreeMap<(Kind, String), BTreeSet<(String, Refusal)>>);
+struct Refused(BTreeMap<(Kind, String), OfObject>);
 
-/// Rejections of one object that are told of.
+#[derive(Debug, Default)]
+struct OfObject {
+    /// The first in the order of (in a list, field, refusal): what is in no list may be what leaves the whole object out.
+    told: BTreeSet<(bool, String, Refusal)>,
+    /// Why the rest is refused.
+    beyond: BTreeSet<Reason>,
+}
+
 const TOLD: usize = 16;
 
 impl Refused {
     fn add(&mut self, at: Place<'_>, field: impl Into<String>, refusal: Refusal) {
-        let of_object = self.0.entry((at.kind, at.name.to_owned())).or_default();
-        of_object.insert((field.into(), refusal));
-        // One more tells that there are more.
-        if of_object.len() > TOLD + 1 {
-            of_object.pop_last();
+        let OfObject { told, beyond } = self.0.entry((at.kind, at.name.to_owned())).or_default();
+        let field = field.into();
+        told.insert((field.contains('['), field, refusal));
+        if told.len() > TOLD {
+            beyond.extend(told.pop_last().map(|(.., refusal)| refusal.reason));
         }
     }
 
@@ -376,13 +383,16 @@ impl Refused {
 
     /// In a stable order, without repetitions.
     fn into_vec(self) -> Vec<Rejection> {
-        let objects = self.0.into_iter().flat_map(|((kind, name), mut refused)| {
-            if refused.len() > TOLD {
-                refused.pop_last();
-                let message = format!("more than {TOLD} values of this object are refused: mend those first");
-                refused.insert(("spec".to_owned(), refusal(Reason::TooMany, message)));
-            }
-            refused.into_iter().map(move |(field, Refusal { reason, message })| {
+        let objects = self.0.into_iter().flat_map(|((kind, name), OfObject { told, beyond })| {
+            let mut told: Vec<_> = told.into_iter().map(|(_, field, refusal)| (field, refusal)).collect();
+            told.sort();
+            // Where all the rest waits for another object, so does this.
+            let reason = beyond.iter().find(|reason| **reason != Reason::UnknownCluster).or(beyond.first());
+            told.extend(reason.map(|reason| {
+                let message = format!("more than {TOLD} values of this object are refused: mend these first");
+                ("spec".to_owned(), refusal(*reason, message))
+            }));
+            told.into_iter().map(move |(field, Refusal { reason, message })| {
                 let name = name.clone();
                 Rejection { kind, name, field, reason, message }
             })

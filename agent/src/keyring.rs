@@ -26,6 +26,9 @@ use crate::{
     names::{MemberName, Ordinal},
 };
 
+/// Keys of a slot: one, and what replaces it.
+pub const KEYS: usize = 2;
+
 /// Bytes of a key file: two lines of 44 characters, with room for blanks.
 const MAX_FILE: usize = 1024;
 
@@ -428,7 +431,7 @@ pub(crate) fn parse<K: FromStr<Err = BadKey>>(bytes: &[u8]) -> Result<Vec<K>, Ke
         .collect();
     match lines.len() {
         0 => return Err(KeyFault::Empty),
-        1 | 2 => {}
+        1..=KEYS => {}
         more => return Err(KeyFault::Lines(more)),
     }
     let key = |(line, bytes): &(usize, &[u8])| {

@@ -225,7 +225,7 @@ fn gateway<'a>(
     };
     if !keys.contains(&gateway.key) {
         let message = format!(
-            "{} is not the key of this node's slot {slot}: put the public key that `carrick keys show` prints here, or the private key that belongs to this one into the keys folder",
+            "{} is not the key of this node's slot {slot}: name one that `carrick keys show` prints (on Kubernetes `kubectl carrick keys show`), or put the private key that belongs to this one where those are",
             gateway.key
         );
         let field = format!("spec.gateways[ordinal={slot}].publicKey");

@@ -40,7 +40,8 @@ pub enum PluginCommand {
     ///
     /// To replace one: `keys add`; name the new one in the mesh's folder, in place of the old, and apply that in every
     /// cluster; then `keys drop` the old one. The slot's traffic moves to the new key as each cluster hears of it:
-    /// drain the gateway before, where nothing may be lost.
+    /// drain the gateway before, where nothing may be lost. Until the gateway uses the new key, some seconds later,
+    /// `export` would write the old one again.
     #[command(subcommand)]
     Keys(SecretKeys),
 }
@@ -50,14 +51,14 @@ pub enum SecretKeys {
     /// Prints the public half of the slot's keys.
     Show {
         #[command(flatten)]
-        slot: SecretSlot,
+        slot: OfSlot,
         #[command(flatten)]
         output: Output,
     },
     /// Adds a second key, and prints its public half. The gateway uses the one that the mesh's folder names.
     Add {
         #[command(flatten)]
-        slot: SecretSlot,
+        slot: OfSlot,
     },
     /// Takes a key away that is no longer used.
     Drop {
@@ -65,13 +66,13 @@ pub enum SecretKeys {
         #[arg(value_name = "PUBLIC KEY")]
         key: PublicKey,
         #[command(flatten)]
-        slot: SecretSlot,
+        slot: OfSlot,
     },
 }
 
 /// Which Secret, and how to get there.
 #[derive(Clone, Debug, ClapArgs)]
-pub struct SecretSlot {
+pub struct OfSlot {
     /// The gateway slot, 0 to 7.
     #[arg(long, value_name = "N", default_value = "0", value_parser = ordinal)]
     pub ordinal: Ordinal,

@@ -4,10 +4,10 @@ use anyhow::{Error, bail};
 use serde::Serialize;
 
 use crate::{
-    args::{self, Format, SecretKeys, SecretSlot},
+    args::{self, Format, OfSlot, SecretKeys},
     gateway::SlotSecret,
     keyring::{self, Keyring, Wanted},
-    keys::PublicKey,
+    keys::{PrivateKey, PublicKey},
     names::Ordinal,
 };
 
@@ -47,11 +47,12 @@ pub(super) fn run(args: args::Keys) -> anyhow::Result<bool> {
 /// What is in a slot's Secret.
 pub(super) async fn run_secret(args: SecretKeys) -> anyhow::Result<bool> {
     let (SecretKeys::Show { slot, .. } | SecretKeys::Add { slot } | SecretKeys::Drop { slot, .. }) = &args;
-    let SecretSlot { ordinal, namespace, access } = slot;
+    let OfSlot { ordinal, namespace, access } = slot;
     let secret = SlotSecret::new(&access.server(), Some(namespace), *ordinal).await.map_err(Error::msg)?;
     match &args {
         SecretKeys::Show { output, .. } => {
-            show(*ordinal, secret.read().await.map_err(Error::msg)?.keys(), output.output)?;
+            let keys: Vec<_> = secret.read().await.map_err(Error::msg)?.iter().map(PrivateKey::public).collect();
+            show(*ordinal, keys.iter(), output.output)?;
         }
         SecretKeys::Add { .. } => println!("{}", secret.add().await.map_err(Error::msg)?),
         SecretKeys::Drop { key, .. } => secret.take(*key).await.map_err(Error::msg)?,

@@ -45,7 +45,7 @@ pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     let view = View::new(&snapshot, &args.node);
     let secret = match (&origin, view.intent.slot_of(&node_name(&args.node))) {
         (Origin::Kube(server), Some(slot)) => Some(match SlotSecret::new(server, None, slot).await {
-            Ok(secret) => secret.read().await,
+            Ok(secret) => secret.read().await.map(|keys| keys.into_iter().map(|key| (key.public(), key)).collect()),
             Err(why) => Err(why),
         }),
         _ => None,

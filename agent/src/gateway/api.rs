@@ -164,6 +164,11 @@ impl Server {
         match api.patch_status(&subject.name, &params, &Patch::Apply(said(subject, &status))).await {
             Ok(_) => {}
             Err(Error::Api(status)) if matches!(status.code, 404 | 409) => return Ok(Answer::Done),
+            // Its spec is older than a rule of the schema: no status of it is taken, and others' must not wait for that.
+            Err(Error::Api(status)) if status.code == 422 => {
+                warn!(kind = ?subject.kind, name = subject.name, "cannot write its status: {}", status.message);
+                return Ok(Answer::Done);
+            }
             Err(error) => return Err(error),
         }
         for news in saying.news() {

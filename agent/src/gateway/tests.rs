@@ -75,6 +75,8 @@ struct World {
     leases: BTreeMap<Ordinal, Lease>,
     gateways: BTreeMap<Ordinal, MeshGatewaySpec>,
     version: u64,
+    /// A key that somebody has put into every Secret, below the first.
+    added: Option<u8>,
 }
 
 impl World {
@@ -90,7 +92,7 @@ impl World {
                 self.leases.insert(write.ordinal, lease.clone());
                 Answer::Written(lease)
             }
-            Ask::Key(slot) => Answer::Keys(vec![key(slot.get() + 1)]),
+            Ask::Key(slot) => Answer::Keys([slot.get() + 1].into_iter().chain(self.added).map(key).collect()),
             Ask::Apply(spec) => {
                 self.gateways.insert(slot(spec.ordinal), spec.clone());
                 Answer::Done
@@ -297,6 +299,31 @@ fn another_slot_another_key() {
         80 s: Lease 0 to n1 over 1
         100 s: worker
         100 s: Lease 0 to nobody over 2
+    "#]]
+    .assert_eq(&text);
+}
+
+/// Somebody is about to add it, or has put a wrong one into the folder.
+#[test]
+fn a_key_that_the_folder_names_is_looked_for() {
+    let named = Some([(slot(0), key(9).public())].into());
+    let known = Known { pinned: [(slot(0), node("n1"))].into(), named, ..labelled("0") };
+    let (mut gateway, mut world, mut text) = (one(), World::default(), String::new());
+    run(&mut gateway, &mut world, &known, (0, 40), &mut text);
+    world.added = Some(9);
+    run(&mut gateway, &mut world, &known, (40, 120), &mut text);
+    expect![[r#"
+        0 s: worker
+        0 s: key of slot 0
+        0 s: gateway 0 of 1 keys
+        0 s: MeshGateway 0 n1 ["192.0.2.1"]
+        0 s: status of MeshGateway 0
+        15 s: key of slot 0
+        30 s: key of slot 0
+        45 s: key of slot 0
+        45 s: gateway 0 of 2 keys
+        45 s: MeshGateway 0 n1 ["192.0.2.1"]
+        60 s: status of MeshGateway 0
     "#]]
     .assert_eq(&text);
 }

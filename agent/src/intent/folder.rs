@@ -198,7 +198,7 @@ fn routes(members: &mut [Read], advertisements: &[RouteAdvertisement], overlay: 
     let mut by_member: BTreeMap<MemberName, Vec<&RouteAdvertisement>> = BTreeMap::new();
     for advertisement in advertisements {
         let (at, cluster) = (advertisement_at(advertisement), &advertisement.spec.cluster);
-        let named = refused.accept(at, "metadata.name", is_one_of(cluster, at.name));
+        let named = refused.accept(at, "metadata.name", may_be_named(at.name, cluster));
         let member = refused.accept(at, "spec.cluster", known(cluster, &names));
         if let (Some(()), Some(name)) = (named, member) {
             by_member.entry(name).or_default().push(advertisement);
@@ -217,7 +217,7 @@ fn routes(members: &mut [Read], advertisements: &[RouteAdvertisement], overlay: 
 
 /// That an advertisement of that member may have this name: the member's own, or that with a number behind it. Where that
 /// is no member's name, nothing is said of this one.
-pub(super) fn is_one_of(cluster: &str, name: &str) -> Result<(), Refusal> {
+pub(super) fn may_be_named(name: &str, cluster: &str) -> Result<(), Refusal> {
     let text = name.strip_prefix(cluster).and_then(|rest| rest.strip_prefix('.')).unwrap_or_default();
     let number = text.parse().unwrap_or(0);
     let numbered = (1..limits::ADVERTISEMENTS).contains(&number) && number.to_string() == text;

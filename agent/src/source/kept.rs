@@ -23,12 +23,12 @@ const DRAFT: &str = ".last-known-good.json.new";
 /// Objects, and since when they stand.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Kept {
+pub(super) struct Kept<O = Objects> {
     /// When the API server last said something that changed them.
     pub(super) saved: Timestamp,
     /// Whose view they are; `None`: all Nodes are in it.
     pub(super) node: Option<String>,
-    pub(super) objects: Objects,
+    pub(super) objects: O,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +49,7 @@ pub(super) fn read(dir: &Path) -> Result<Option<Kept>, KeepError> {
 }
 
 /// Blocks until it is on the disk. Makes the folder where there is none.
-pub(super) fn write(dir: &Path, kept: &Kept) -> Result<(), KeepError> {
+pub(super) fn write(dir: &Path, kept: &Kept<impl Serialize>) -> Result<(), KeepError> {
     let text = serde_json::to_vec(kept).map_err(|error| at(dir)(error.into()))?;
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
     let draft = dir.join(DRAFT);

@@ -71,13 +71,15 @@ pub(super) fn a_slot_s_key_is_rotated_by_the_plugin_and_the_folder(world: &mut W
     told += &plugin(world, "add")?;
     told += &plugin(world, &format!("drop {new} --ordinal 1"))?;
 
+    told += &plugin(world, "show -n elsewhere")?;
+
     world.put("meshclusters", &[cluster("mn", 1, &new, &RANGES)])?;
+    told += &plugin(world, &format!("drop {new}"))?;
     wait_for("the new key to be published", TAKEN_WITHIN, || match slot(world) {
         Ok(slot) if slot["spec"]["publicKey"] == *new => Ok(()),
         other => Err(format!("{other:?}")),
     })?;
     world.wait_well(GATEWAY)?;
-    told += &plugin(world, &format!("drop {new}"))?;
     told += &plugin(world, &format!("drop {old}"))?;
     told += &plugin(world, &format!("drop {old}"))?;
     told += &plugin(world, "show")?;
@@ -90,22 +92,25 @@ pub(super) fn a_slot_s_key_is_rotated_by_the_plugin_and_the_folder(world: &mut W
         $ kubectl-carrick keys show
         OLD
         $ kubectl-carrick keys drop OLD
-        carrick: Secret carrick-gateway-0: OLD is in use: have the mesh's folder name another first, `keys add` makes one
+        carrick: Secret carrick/carrick-gateway-0 holds no other key than OLD: `keys add` makes one
         exit code 1
         $ kubectl-carrick keys add
         NEW
         $ kubectl-carrick keys add
-        carrick: Secret carrick-gateway-0 holds 2 keys already: drop the one that is no longer used
+        carrick: Secret carrick/carrick-gateway-0 holds two keys already: delete the one that is no longer used
         exit code 1
         $ kubectl-carrick keys drop NEW --ordinal 1
-        carrick: Secret carrick-gateway-1: there is no key in it yet: the agent makes it
+        carrick: Secret carrick/carrick-gateway-1: there is no key in it yet: the agent makes it
+        exit code 1
+        $ kubectl-carrick keys show -n elsewhere
+        carrick: Secret elsewhere/carrick-gateway-0: secrets "carrick-gateway-0" not found (404): the chart makes what is missing, one for each slot
         exit code 1
         $ kubectl-carrick keys drop NEW
-        carrick: Secret carrick-gateway-0: NEW is in use: have the mesh's folder name another first, `keys add` makes one
+        carrick: MeshCluster mn names NEW: have the mesh's folder name the other first
         exit code 1
         $ kubectl-carrick keys drop OLD
         $ kubectl-carrick keys drop OLD
-        carrick: Secret carrick-gateway-0 does not hold OLD: `keys show` says what it holds
+        carrick: Secret carrick/carrick-gateway-0 does not hold OLD: `keys show` says what it holds
         exit code 1
         $ kubectl-carrick keys show
         NEW

@@ -24,10 +24,10 @@ const AGAIN: Duration = Duration::from_secs(10);
 pub(super) struct Keeper {
     dir: Option<PathBuf>,
     node: Option<String>,
-    /// What was last handed over to be written.
+    /// What is written, or is to be.
     noted: Option<Arc<Snapshot>>,
-    /// What is to be written, and since when it is in force.
-    wanted: Option<(Timestamp, Arc<Snapshot>)>,
+    /// It is to be, and has been in force since then.
+    wanted: Option<Timestamp>,
     writing: Option<JoinHandle<Result<(), KeepError>>>,
     next: Instant,
     trouble: Option<String>,
@@ -55,7 +55,7 @@ impl Keeper {
         if self.wanted.is_none() {
             self.next = self.next.max(Instant::now() + SOON);
         }
-        self.wanted = Some((Timestamp::now(), snapshot.clone()));
+        self.wanted = Some(Timestamp::now());
         self.noted = Some(snapshot.clone());
     }
 
@@ -72,12 +72,11 @@ impl Keeper {
                     self.trouble = trouble;
                     return;
                 }
-            } else if let (Some(dir), true) = (&self.dir, self.wanted.is_some()) {
+            } else if let (Some(dir), Some(noted), true) = (&self.dir, &self.noted, self.wanted.is_some()) {
                 sleep_until(self.next).await;
-                let (dir, node) = (dir.clone(), self.node.clone());
-                let write = |(saved, snapshot): (Timestamp, Arc<Snapshot>)| {
-                    spawn_blocking(move || kept::write(&dir, &Kept { saved, node, objects: snapshot.objects.clone() }))
-                };
+                let (dir, node, noted) = (dir.clone(), self.node.clone(), noted.clone());
+                let write =
+                    |saved| spawn_blocking(move || kept::write(&dir, &Kept { saved, node, objects: &noted.objects }));
                 self.writing = self.wanted.take().map(write);
             } else {
                 pending::<()>().await;
