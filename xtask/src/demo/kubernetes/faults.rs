@@ -18,7 +18,9 @@ use crate::{
 };
 
 /// How long an API server is away.
-const AWAY: Duration = Duration::from_secs(30);
+const AWAY: Duration = Duration::from_secs(120);
+/// How long one hangs.
+const MUTE: Duration = Duration::from_secs(30);
 /// How long other daemons, and the kinds, are.
 const SHORT: Duration = Duration::from_secs(10);
 const CRDS: [&str; 4] = [
@@ -144,7 +146,7 @@ impl Demo<'_> {
             sleep(time);
             machines.iter().try_for_each(|machine| machine.start(daemon))
         };
-        self.under_load("an API server killed, back after 30 s", Price::Nothing, |demo| {
+        self.under_load("an API server killed, back after 120 s", Price::Nothing, |demo| {
             let cluster = demo.clusters.cluster("mn")?;
             down(&[&cluster.control_plane], "kube-apiserver", AWAY)?;
             up::wait_for_server(cluster)?;
@@ -153,7 +155,7 @@ impl Demo<'_> {
         self.under_load("an API server that accepts and does not answer, for 30 s", Price::Nothing, |demo| {
             let cluster = demo.clusters.cluster("va")?;
             cluster.control_plane.signal("kube-apiserver", Signal::SIGSTOP)?;
-            sleep(AWAY);
+            sleep(MUTE);
             cluster.control_plane.signal("kube-apiserver", Signal::SIGCONT)?;
             up::wait_for_server(cluster)?;
             demo.wait_all()
