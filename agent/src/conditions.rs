@@ -351,37 +351,37 @@ pub(crate) mod tests {
             &some(),
             &BTreeMap::new(),
             expect![[r#"
-                MeshCluster m1
-                  Accepted=True Accepted ""
-                  Ready=True Accepted ""
-                MeshCluster m2
-                  Accepted=True Accepted ""
-                  Connected=Unknown NoReport "no gateway of this cluster has reported yet"
-                  Ready=True Accepted ""
-                MeshCluster m3
-                  Accepted=False DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
-                  Connected=Unknown NoReport "no gateway of this cluster has reported yet"
-                  Ready=False DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
-                  Stalled=True DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
-                  warning Accepted DuplicateId: spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own
-                RouteAdvertisement m2
-                  Accepted=True Accepted ""
-                  Ready=True Accepted ""
-                RouteAdvertisement m2.1
-                  Accepted=False OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
-                  Ready=False OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
-                  Stalled=True OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
-                  warning Accepted OutsideAllowed: spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there
-                RouteAdvertisement m2.2
-                  Accepted=False OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells more"
-                  Ready=False OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells more"
-                  Stalled=True OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells more"
-                  warning Accepted OutsideAllowed: spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells more
-                RouteAdvertisement m4
-                  Accepted=False UnknownCluster "spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is"
-                  Ready=False UnknownCluster "spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is"
-                  warning Accepted UnknownCluster: spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is
-            "#]],
+            MeshCluster m1
+              Accepted=True Accepted ""
+              Ready=True Accepted ""
+            MeshCluster m2
+              Accepted=True Accepted ""
+              Connected=Unknown NoReport "no gateway of this cluster has reported yet"
+              Ready=True Accepted ""
+            MeshCluster m3
+              Accepted=False DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
+              Connected=Unknown NoReport "no gateway of this cluster has reported yet"
+              Ready=False DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
+              Stalled=True DuplicateId "spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own"
+              warning Accepted DuplicateId: spec.id: DuplicateId: 2 is the id of m2, which comes first by name: give m3 an id of its own
+            RouteAdvertisement m2
+              Accepted=True Accepted ""
+              Ready=True Accepted ""
+            RouteAdvertisement m2.1
+              Accepted=False OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
+              Ready=False OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
+              Stalled=True OutsideAllowed "spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there"
+              warning Accepted OutsideAllowed: spec.routes[1].cidr: OutsideAllowed: 10.3.0.0/16 lies in none of the allowedCIDRs of MeshCluster m2: have it added there
+            RouteAdvertisement m2.2
+              Accepted=False OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells more"
+              Ready=False OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells more"
+              Stalled=True OutsideAllowed "spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells more"
+              warning Accepted OutsideAllowed: spec.routes[0].cidr: OutsideAllowed: 192.168.0.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[1].cidr: OutsideAllowed: 192.168.1.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[2].cidr: OutsideAllowed: 192.168.2.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; spec.routes[3].cidr: OutsideAllowed: 192.168.3.0/24 lies in none of the allowedCIDRs of MeshCluster m2: have it added there; and 2 more: `carrick validate` tells more
+            RouteAdvertisement m4
+              Accepted=False UnknownCluster "spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is"
+              Ready=False UnknownCluster "spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is"
+              warning Accepted UnknownCluster: spec.cluster: UnknownCluster: no MeshCluster named m4 is accepted: this waits until one is
+        "#]],
         );
     }
 

@@ -17,6 +17,8 @@ use crate::{
     diff::diff,
     gateway::SlotSecret,
     kernel::{Linux, bpf::Bpf, facts},
+    keys::{PrivateKey, PublicKey},
+    names::Ordinal,
     reconcile::{Kernel, waits},
     resolve::{Resolved, Resolver},
     source::{self, Origin},
@@ -38,16 +40,18 @@ struct Answer {
     problems: Vec<String>,
 }
 
+async fn read_keys(server: &source::Server, slot: Ordinal) -> Result<BTreeMap<PublicKey, PrivateKey>, String> {
+    let keys = SlotSecret::new(server, None, slot).await?.read().await?;
+    Ok(keys.into_iter().map(|key| (key.public(), key)).collect())
+}
+
 pub(super) async fn run(args: args::Plan) -> anyhow::Result<bool> {
     check_backend(&args.node.backend)?;
     let origin = args.node.origin(node_name(&args.node));
     let snapshot = source::read(&origin).await?;
     let view = View::new(&snapshot, &args.node);
     let secret = match (&origin, view.intent.slot_of(&node_name(&args.node))) {
-        (Origin::Kube(server), Some(slot)) => Some(match SlotSecret::new(server, None, slot).await {
-            Ok(secret) => secret.read().await.map(|keys| keys.into_iter().map(|key| (key.public(), key)).collect()),
-            Err(why) => Err(why),
-        }),
+        (Origin::Kube(server), Some(slot)) => Some(read_keys(server, slot).await),
         _ => None,
     };
     let mut keys = Keys::default();

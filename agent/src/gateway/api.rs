@@ -113,31 +113,18 @@ impl Server {
 
     async fn key(&self, slot: Ordinal) -> Result<Answer, Error> {
         let name = name(slot);
-        let mut secret = self.secrets.get(&name).await?;
-        let keys = keys_of(&secret);
+        let mut held = Held(self.secrets.get(&name).await?);
+        let keys = keys_of(&held.0);
         if !matches!(keys, Ok(None)) {
-            wipe(&mut secret);
             return Ok(told(&name, keys));
         }
-        let key = keyring::random();
-        put(&mut secret, &[key]);
+        put(&mut held.0, &[keyring::random()]);
         // It says which version it replaces: of two that make a key at once, one is refused, and reads the other's.
-        let replaced = self.secrets.replace(&name, &PostParams::default(), &secret).await;
-        wipe(&mut secret);
-        match replaced {
-            Ok(mut secret) => {
-                let keys = keys_of(&secret);
-                wipe(&mut secret);
-                Ok(told(&name, keys))
-            }
-            Err(Error::Api(status)) if status.code == 409 => {
-                let mut secret = self.secrets.get(&name).await?;
-                let keys = keys_of(&secret);
-                wipe(&mut secret);
-                Ok(told(&name, keys))
-            }
-            Err(error) => Err(error),
-        }
+        let made = match self.secrets.replace(&name, &PostParams::default(), &held.0).await {
+            Err(Error::Api(status)) if status.code == 409 => self.secrets.get(&name).await,
+            replaced => replaced,
+        };
+        Ok(told(&name, keys_of(&Held(made?).0)))
     }
 
     async fn apply(&self, spec: &MeshGatewaySpec) -> Result<Answer, Error> {
@@ -276,6 +263,15 @@ fn reference(subject: &Subject) -> ObjectReference {
     }
 }
 
+/// A Secret, wiped when dropped.
+pub(super) struct Held(pub(super) Secret);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.data.iter_mut().flat_map(|data| data.values_mut()).for_each(|text| text.0.zeroize());
+    }
+}
+
 /// The keys of a Secret; `None`: there are none yet.
 pub(super) fn keys_of(secret: &Secret) -> Result<Option<Vec<PrivateKey>>, keyring::KeyFault> {
     match secret.data.as_ref().and_then(|data| data.get(ENTRY)) {
@@ -303,10 +299,6 @@ fn told(name: &str, keys: Result<Option<Vec<PrivateKey>>, keyring::KeyFault>) ->
         Ok(None) => Answer::Failed(format!("Secret {name}: its key was taken away again: it is made anew")),
         Err(fault) => Answer::Failed(format!("Secret {name}, entry {ENTRY}: {fault}")),
     }
-}
-
-pub(super) fn wipe(secret: &mut Secret) {
-    secret.data.iter_mut().flat_map(|data| data.values_mut()).for_each(|text| text.0.zeroize());
 }
 
 fn what(ask: &Ask) -> String {

@@ -10,7 +10,7 @@ use kube::{
 };
 use tokio::time::timeout;
 
-use super::api::{ENTRY, PATIENCE, failure, keys_of, name, put, wipe};
+use super::api::{ENTRY, Held, PATIENCE, failure, keys_of, name, put};
 use crate::{
     api::{MeshCluster, MeshGateway},
     keyring::{self, KEYS, KeyFault},
@@ -28,15 +28,6 @@ pub struct SlotSecret {
     slot: Ordinal,
     /// For people: `Secret NAMESPACE/NAME`.
     what: String,
-}
-
-/// What the API server has; wiped when dropped.
-struct Held(Secret);
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        wipe(&mut self.0);
-    }
 }
 
 impl SlotSecret {

@@ -43,7 +43,8 @@ fn offered(mesh: &Mesh, me: &MemberName) -> BTreeMap<MemberName, Member> {
 }
 
 /// What this cluster uses itself, and how it is known. A range that it advertises and cannot offer (another holds it, it
-/// is a Service's, the advertisement's name is wrong) counts; one outside its own allowedCIDRs is a mistake, and must cost nobody else a route.
+/// is a Service's, the advertisement's name is wrong) counts; one outside its own allowedCIDRs is a mistake, and must cost
+/// nobody else a route.
 fn own_ranges(objects: &Objects, local: &Local, cluster: Option<&Cluster>, refused: &mut Refused) -> Ranges<String> {
     // All that bear its name: two are refused both, and neither comes first.
     let mine: Vec<_> = objects.clusters.iter().filter(|c| cluster_at(c).name == local.cluster.as_str()).collect();

@@ -768,48 +768,48 @@ fn a_gateway_whose_key_the_folder_does_not_name_works_as_a_worker() {
         MANY,
         &at("n1", &[77]),
         expect![[r#"
-            ip route replace throw fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 table 7474
-            ip route replace throw fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 table 7473
-            nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.2, 192.0.2.3 } native { eth0 }
-            ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
-            bpf maps load
-            bpf map set home 10.42.1.0/24 here
-            bpf map set home 10.42.2.0/24 on 192.0.2.2
-            bpf map set home 10.42.3.0/24 on 192.0.2.3
-            bpf map set home 10.42.9.9/32 on 192.0.2.3
-            bpf map set home 192.0.2.1/32 here
-            bpf map set home 192.0.2.2/32 on 192.0.2.2
-            bpf map set home 192.0.2.3/32 on 192.0.2.3
-            bpf map set home fd77:8bad:2517:1::1/128 here
-            bpf map set home fd77:8bad:2517:1::2/128 on 192.0.2.2
-            bpf map set home fd77:8bad:2517:1:c13c:4eb5:6293:7b88/128 on 192.0.2.2
-            bpf map set home fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 on 192.0.2.3
-            bpf map set home fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 here
-            bpf map set node 192.0.2.2 slot 1
-            bpf map set node 192.0.2.3 worker
-            bpf map set own 10.42.0.0/16 offered to { 2 }
-            bpf map set own 192.0.2.0/24 offered to { 2 }
-            bpf map set remote 10.44.0.0/16 member 2
-            bpf map set remote fd77:8bad:2517:1::/64 overlay of member 1
-            bpf map set remote fd77:8bad:2517:2::/64 overlay of member 2
-            bpf map set config member 1 worker overlay fd77:8bad:2517:1:e160:f6b8:fd86:7db9 hop { 192.0.2.1, 2001:db8::1 } gateways { 1: 192.0.2.2 } devices {  } secrets { 1111111111111111 } mtu 1420 hop-mtu 1430 ports 27473 27472 27455
-            bpf attach carrick-hop egress program steer
-            bpf attach eth0 egress program steer_native
-            bpf attach carrick-hop ingress program from_hop
-            ip link set carrick-hop mtu 1430 addrgenmode none up
-            ip address add fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 dev lo preferred_lft 0
-            ip -4 rule add priority 11 lookup 7473
-            ip -4 rule add priority 12 not iif lo lookup 7474
-            ip -6 rule add priority 11 not oif eth0 lookup 7473
-            ip -6 rule add priority 12 not iif lo lookup 7474
-            ip route replace unreachable 10.44.0.0/16 table 7474
-            ip route replace unreachable fd77:8bad:2517:1::/64 table 7474
-            ip route replace unreachable fd77:8bad:2517:2::/64 table 7474
-            ip route replace 10.44.0.0/16 dev carrick-hop mtu 1420 table 7473
-            ip route replace fd77:8bad:2517:1::/64 dev carrick-hop mtu 1420 src fd77:8bad:2517:1:e160:f6b8:fd86:7db9 table 7473
-            ip route replace fd77:8bad:2517:2::/64 dev carrick-hop mtu 1420 src fd77:8bad:2517:1:e160:f6b8:fd86:7db9 table 7473
-            MeshCluster/mn spec.gateways[ordinal=0].publicKey: NotInMesh: K0 is not the key of this node's slot 0: name one that `carrick keys show` prints (on Kubernetes `kubectl carrick keys show`), or put the private key that belongs to this one where those are
-        "#]],
+        ip route replace throw fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 table 7474
+        ip route replace throw fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 table 7473
+        nft replace table inet carrick keep_source { 10.42.0.0/16 . 10.44.0.0/16, 10.44.0.0/16 . 10.42.0.0/16, 10.44.0.0/16 . 192.0.2.0/24, 192.0.2.0/24 . 10.44.0.0/16 } hop 27472 nodes { 192.0.2.2, 192.0.2.3 } native { eth0 }
+        ip link add carrick-hop arp off type vxlan external dstport 27472 srcport 27456 27471 nolearning udp6zerocsumrx
+        bpf maps load
+        bpf map set home 10.42.1.0/24 here
+        bpf map set home 10.42.2.0/24 on 192.0.2.2
+        bpf map set home 10.42.3.0/24 on 192.0.2.3
+        bpf map set home 10.42.9.9/32 on 192.0.2.3
+        bpf map set home 192.0.2.1/32 here
+        bpf map set home 192.0.2.2/32 on 192.0.2.2
+        bpf map set home 192.0.2.3/32 on 192.0.2.3
+        bpf map set home fd77:8bad:2517:1::1/128 here
+        bpf map set home fd77:8bad:2517:1::2/128 on 192.0.2.2
+        bpf map set home fd77:8bad:2517:1:c13c:4eb5:6293:7b88/128 on 192.0.2.2
+        bpf map set home fd77:8bad:2517:1:dbc1:168d:28e1:6aaf/128 on 192.0.2.3
+        bpf map set home fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 here
+        bpf map set node 192.0.2.2 slot 1
+        bpf map set node 192.0.2.3 worker
+        bpf map set own 10.42.0.0/16 offered to { 2 }
+        bpf map set own 192.0.2.0/24 offered to { 2 }
+        bpf map set remote 10.44.0.0/16 member 2
+        bpf map set remote fd77:8bad:2517:1::/64 overlay of member 1
+        bpf map set remote fd77:8bad:2517:2::/64 overlay of member 2
+        bpf map set config member 1 worker overlay fd77:8bad:2517:1:e160:f6b8:fd86:7db9 hop { 192.0.2.1, 2001:db8::1 } gateways { 1: 192.0.2.2 } devices {  } secrets { 1111111111111111 } mtu 1420 hop-mtu 1430 ports 27473 27472 27455
+        bpf attach carrick-hop egress program steer
+        bpf attach eth0 egress program steer_native
+        bpf attach carrick-hop ingress program from_hop
+        ip link set carrick-hop mtu 1430 addrgenmode none up
+        ip address add fd77:8bad:2517:1:e160:f6b8:fd86:7db9/128 dev lo preferred_lft 0
+        ip -4 rule add priority 11 lookup 7473
+        ip -4 rule add priority 12 not iif lo lookup 7474
+        ip -6 rule add priority 11 not oif eth0 lookup 7473
+        ip -6 rule add priority 12 not iif lo lookup 7474
+        ip route replace unreachable 10.44.0.0/16 table 7474
+        ip route replace unreachable fd77:8bad:2517:1::/64 table 7474
+        ip route replace unreachable fd77:8bad:2517:2::/64 table 7474
+        ip route replace 10.44.0.0/16 dev carrick-hop mtu 1420 table 7473
+        ip route replace fd77:8bad:2517:1::/64 dev carrick-hop mtu 1420 src fd77:8bad:2517:1:e160:f6b8:fd86:7db9 table 7473
+        ip route replace fd77:8bad:2517:2::/64 dev carrick-hop mtu 1420 src fd77:8bad:2517:1:e160:f6b8:fd86:7db9 table 7473
+        MeshCluster/mn spec.gateways[ordinal=0].publicKey: NotInMesh: K0 is not the key of this node's slot 0: name one that `carrick keys show` prints (on Kubernetes `kubectl carrick keys show`), or put the private key that belongs to this one where those are
+    "#]],
     );
 }
 

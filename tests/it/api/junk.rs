@@ -31,9 +31,14 @@ const LATE: Duration = Duration::from_secs(60);
 /// As large as the schema allows, and nothing of it can be used.
 fn junk(name: usize, change: usize) -> Value {
     let ranges: Vec<String> = (0..64).map(|n| format!("10.98.{}.{name}/32", n + change)).collect();
-    let mut junk = advertisement("junk", &ranges.iter().map(String::as_str).collect::<Vec<_>>());
-    junk["metadata"]["name"] = named(name).into();
+    let mut junk = offering(name, &ranges.iter().map(String::as_str).collect::<Vec<_>>());
     junk["spec"]["to"] = (0..1024).map(|n| format!("{n:04}-{}", "x".repeat(58))).collect();
+    junk
+}
+
+fn offering(name: usize, ranges: &[&str]) -> Value {
+    let mut junk = advertisement("junk", ranges);
+    junk["metadata"]["name"] = named(name).into();
     junk
 }
 
@@ -47,11 +52,7 @@ pub(super) fn junk_and_giants_hold_nobody_up(world: &mut World) -> Result<()> {
     let before = used(&running)?;
     let began = Instant::now();
     let path = format!("{MESH}/routeadvertisements");
-    let beyond = (ACCEPTED..NAMES).map(|name| {
-        let mut small = advertisement("junk", &["10.98.0.0/16"]);
-        small["metadata"]["name"] = named(name).into();
-        small
-    });
+    let beyond = (ACCEPTED..NAMES).map(|name| offering(name, &["10.98.0.0/16"]));
     let all = (0..ACCEPTED).map(|name| junk(name, 0)).chain(beyond);
     let mut codes: BTreeMap<u16, usize> = BTreeMap::new();
     world.ask_all(TENANT, all.map(|object| Ask::create(&path, object)), |_, answer| {

@@ -73,7 +73,7 @@ pub(crate) fn on(store: Store, tests: usize, test: fn(&mut World) -> Result<()>)
     };
     // One in which a test has failed is not used again.
     let after = run(world.take()).unwrap_or_else(|error| panic!("{error:?}"));
-    *world = Some(after).filter(|_| *ran < tests);
+    *world = (*ran < tests).then_some(after);
 }
 
 impl World {

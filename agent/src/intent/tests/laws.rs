@@ -327,7 +327,7 @@ fn holders(objects: &Objects, mesh: &Mesh) -> BTreeMap<MemberName, BTreeSet<IpNe
         let cluster = objects.clusters.iter().find(|c| c.metadata.name.as_deref() == Some(name.as_str()));
         let allowed: Vec<IpNetwork> =
             cluster.iter().flat_map(|c| &c.spec.allowed_cidrs).flat_map(|t| prefix::parse(t)).collect();
-        let names: BTreeSet<String> = names_of(name.as_str());
+        let names = names_of(name.as_str());
         let mine = |a: &&RouteAdvertisement| {
             a.spec.cluster == name.as_str() && a.metadata.name.as_ref().is_some_and(|own| names.contains(own))
         };
