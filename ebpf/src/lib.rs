@@ -80,17 +80,33 @@ pub struct Offered {
     pub members: [u64; 64],
 }
 
-/// Value of `KNOWN`, what a processor last found in `REMOTE` and `OWN` for a pair of addresses that goes to a member's
-/// range from a source that it is offered. It counts for as long as `VERSION` is what it was before they were asked: who
-/// changes either map adds one to that afterwards.
+/// Value of `KNOWN`, what a processor last found in the tables (`REMOTE`, `OWN`, `HOMES`, `NODES`, `CONFIG`) for a pair of
+/// addresses that is admitted. It counts for as long as `VERSION` is what it was before they were asked: who changes one of
+/// them adds one to that afterwards.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Known {
     pub version: u64,
     pub source: Addr,
     pub destination: Addr,
+    /// Of [`known::TO_MEMBER`] and [`known::TO_HERE`] the node that it comes from by the hop, or [`Addr::NONE`]: from this
+    /// one. Of [`known::FROM_PEER`] its home.
+    pub node: Addr,
+    /// Of [`known::TO_MEMBER`]; or 0, which no member is.
     pub member: u16,
-    pub zero: [u8; 6],
+    /// One of [`known`].
+    pub kind: u8,
+    pub zero: [u8; 5],
+}
+
+/// What is known of a pair of addresses.
+pub mod known {
+    /// The destination is in a range of a member that the source is offered to.
+    pub const TO_MEMBER: u8 = 1;
+    /// From the hop to what lives here.
+    pub const TO_HERE: u8 = 2;
+    /// From a peer to what is offered to it.
+    pub const FROM_PEER: u8 = 3;
 }
 
 /// Value of `HOMES`, the longest-prefix map of where this cluster's pods (and nodes' advertised and overlay addresses)
@@ -406,7 +422,7 @@ const _: () = {
     assert!(size_of::<Addr>() == 16 && align_of::<Addr>() == 1);
     assert!(size_of::<Remote>() == 4);
     assert!(size_of::<Offered>() == 512);
-    assert!(size_of::<Known>() == 48 && capacity::KNOWN.is_power_of_two());
+    assert!(size_of::<Known>() == 64 && capacity::KNOWN.is_power_of_two());
     assert!(size_of::<Home>() == 16);
     assert!(size_of::<Node>() == 20);
     assert!(size_of::<Config>() == 380 && align_of::<Config>() == 4);

@@ -71,11 +71,12 @@ pub fn from_hop<E: Entry>(skb: Skb) -> i32 {
 #[inline(always)]
 pub fn to_peer<E: Entry>(skb: Skb) -> i32 {
     if let (Some(config), Ok(packet)) = (maps::config(), Packet::parse(skb, link_header(&L2)))
+        && let Some(length) = mss::first(skb, &packet)
         && let Some(Remote { member, kind: remote::RANGE, .. }) = maps::remote(&packet.destination)
     {
         let reach = maps::health(*member);
         let limit = if reach.mtu == 0 { config.mtu } else { reach.mtu };
-        if mss::clamp(skb, &packet, limit).is_err() {
+        if mss::clamp(skb, &packet, length, limit).is_err() {
             return act::drop::<E>(Reason::HelperFailed);
         }
     }

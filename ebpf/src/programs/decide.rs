@@ -2,7 +2,7 @@
 //!
 //! Invariant: a decision changes neither packet nor skb; besides its [`Verdict`] it only notes that a member has traffic.
 
-use ebpf::{Config, IDLE_NS, NO_SLOT, Reason, Remote, SLOTS, TRAFFIC_NS, choose, flow, probe, remote, sent};
+use ebpf::{Config, IDLE_NS, NO_SLOT, Reason, Remote, SLOTS, TRAFFIC_NS, choose, flow, known, probe, remote, sent};
 
 use super::{
     maps::{self, NONE, Words, words},
@@ -85,20 +85,23 @@ pub type Decision = Result<Verdict, Reason>;
 #[inline(always)]
 pub fn steer(skb: Skb, config: &Config) -> Decision {
     let packet = &Packet::parse(skb, ETH_LEN)?;
+    if is_our_tunnel(skb, config, packet) {
+        return Err(Reason::Loop);
+    }
     let place = maps::place(&packet.source, &packet.destination);
-    let known = place.member(&packet.source, &packet.destination);
-    if known != 0 {
-        return to_member(skb, config, packet, known, Offer::Known, Hops::Any);
-    }
-    match maps::remote(&packet.destination) {
-        Some(Remote { member, kind: remote::RANGE, .. }) => {
-            let verdict = to_member(skb, config, packet, *member, Offer::Unknown, Hops::Any)?;
-            place.learn(&packet.source, &packet.destination, *member);
-            Ok(verdict)
-        }
-        Some(Remote { member, kind: remote::OVERLAY, .. }) => to_overlay(skb, config, packet, *member),
-        _ => Err(Reason::NotRemote),
-    }
+    let member = match place.known(&packet.source, &packet.destination) {
+        Some(known) if known.kind == known::TO_MEMBER && words(&known.node) == NONE => known.member,
+        _ => match maps::remote(&packet.destination) {
+            Some(Remote { member, kind: remote::RANGE, .. }) => {
+                let member = offered(packet, *member)?;
+                place.learn(&packet.source, &packet.destination, known::TO_MEMBER, member, &NONE);
+                member
+            }
+            Some(Remote { member, kind: remote::OVERLAY, .. }) => return to_overlay(skb, config, packet, *member),
+            _ => return Err(Reason::NotRemote),
+        },
+    };
+    to_member(skb, config, packet, member, Hops::Any)
 }
 
 /// Egress of a native device.
@@ -110,8 +113,9 @@ pub fn steer_native(skb: Skb, config: &Config, packet: &Packet) -> Decision {
         return Err(Reason::HopForged);
     }
     match maps::remote(&packet.destination) {
+        Some(Remote { kind: remote::RANGE, .. }) if is_our_tunnel(skb, config, packet) => Err(Reason::Loop),
         Some(Remote { member, kind: remote::RANGE, .. }) => {
-            to_member(skb, config, packet, *member, Offer::Unknown, Hops::Any)
+            to_member(skb, config, packet, offered(packet, *member)?, Hops::Any)
         }
         Some(Remote { kind: remote::OVERLAY, .. }) => Err(Reason::NotForOverlay),
         _ => Ok(Verdict::of(Kind::Next, 0)),
@@ -124,12 +128,38 @@ pub fn from_hop(skb: Skb, config: &Config, key: &Key) -> Decision {
     if !is_authentic(skb, config, key) {
         return Err(Reason::HopUnauthenticated);
     }
+    let packet = &Packet::parse(skb, ETH_LEN)?;
+    let place = maps::place(&packet.source, &packet.destination);
+    let (kind, member) = match place.known(&packet.source, &packet.destination) {
+        Some(known) if words(&known.node) == key.remote && known.kind != known::FROM_PEER => (known.kind, known.member),
+        _ => {
+            let (kind, member) = from_node(config, key, packet)?;
+            if kind == PROBE {
+                return of_probe(skb, config, packet, Kind::Stack);
+            }
+            place.learn(&packet.source, &packet.destination, kind, member, &key.remote);
+            (kind, member)
+        }
+    };
+    if kind == known::TO_HERE {
+        return Ok(Verdict::of(Kind::Stack, 0));
+    }
+    let verdict = to_member(skb, config, packet, member, Hops::Last)?;
+    let expires = packet.ttl <= 1 && verdict.kind == Kind::Device;
+    Ok(if expires { Verdict::of(Kind::Stack, 0) } else { verdict })
+}
+
+/// Of [`from_node`], besides what may be known: to this node's overlay address.
+const PROBE: u8 = 0;
+
+/// What the tables say of a packet that came by the hop: one of [`known`] or [`PROBE`], and the member that it goes to.
+#[inline(always)]
+fn from_node(config: &Config, key: &Key, packet: &Packet) -> Result<(u8, u16), Reason> {
     let Some(node) = maps::node(&key.remote) else { return Err(Reason::HopUnknownNode) };
     let from_gateway = node.slot != NO_SLOT;
     if config.slot == NO_SLOT && !from_gateway {
         return Err(Reason::HopUnknownNode);
     }
-    let packet = &Packet::parse(skb, ETH_LEN)?;
     let lives_there = maps::home(&packet.source).is_some_and(|home| home == words(&node.home));
     if !lives_there {
         let is_remote = matches!(maps::remote(&packet.source), Some(Remote { kind: remote::RANGE, .. }));
@@ -138,18 +168,14 @@ pub fn from_hop(skb: Skb, config: &Config, key: &Key) -> Decision {
         }
     }
     match maps::remote(&packet.destination) {
-        Some(Remote { kind: remote::OVERLAY, .. }) => {
-            if !lives_there || packet.destination != words(&config.overlay) {
-                return Err(Reason::NotForOverlay);
-            }
-            of_probe(skb, config, packet, Kind::Stack)
+        Some(Remote { kind: remote::OVERLAY, .. }) if lives_there && packet.destination == words(&config.overlay) => {
+            Ok((PROBE, 0))
         }
+        Some(Remote { kind: remote::OVERLAY, .. }) => Err(Reason::NotForOverlay),
         Some(Remote { member, kind: remote::RANGE, .. }) if lives_there && config.slot != NO_SLOT => {
-            let verdict = to_member(skb, config, packet, *member, Offer::Unknown, Hops::Last)?;
-            let expires = packet.ttl <= 1 && verdict.kind == Kind::Device;
-            Ok(if expires { Verdict::of(Kind::Stack, 0) } else { verdict })
+            Ok((known::TO_MEMBER, offered(packet, *member)?))
         }
-        _ if lives_here(packet) => Ok(Verdict::of(Kind::Stack, 0)),
+        _ if lives_here(packet) => Ok((known::TO_HERE, 0)),
         _ => Err(Reason::HopForeignSource),
     }
 }
@@ -163,21 +189,31 @@ fn lives_here(packet: &Packet) -> bool {
 #[inline(always)]
 pub fn from_peer(skb: Skb, config: &Config, l2: u32) -> Decision {
     let packet = &Packet::parse(skb, l2)?;
-    let Some(&Remote { member, kind, .. }) = maps::remote(&packet.source) else { return Err(Reason::ForeignSource) };
-    if member == config.member || !matches!(kind, remote::RANGE | remote::OVERLAY) {
-        return Err(Reason::ForeignSource);
-    }
-    let to_overlay = matches!(maps::remote(&packet.destination), Some(Remote { kind: remote::OVERLAY, .. }));
-    if kind == remote::OVERLAY || to_overlay {
-        if kind != remote::OVERLAY || packet.destination != words(&config.overlay) {
-            return Err(Reason::NotForOverlay);
+    let place = maps::place(&packet.source, &packet.destination);
+    let home = match place.known(&packet.source, &packet.destination) {
+        Some(known) if known.kind == known::FROM_PEER => words(&known.node),
+        _ => {
+            let Some(&Remote { member, kind, .. }) = maps::remote(&packet.source) else {
+                return Err(Reason::ForeignSource);
+            };
+            if member == config.member || !matches!(kind, remote::RANGE | remote::OVERLAY) {
+                return Err(Reason::ForeignSource);
+            }
+            let to_overlay = matches!(maps::remote(&packet.destination), Some(Remote { kind: remote::OVERLAY, .. }));
+            if kind == remote::OVERLAY || to_overlay {
+                if kind != remote::OVERLAY || packet.destination != words(&config.overlay) {
+                    return Err(Reason::NotForOverlay);
+                }
+                return of_probe(skb, config, packet, Kind::Inject);
+            }
+            if !maps::is_offered(&packet.destination, member) {
+                return Err(Reason::NotOffered);
+            }
+            let Some(home) = maps::home(&packet.destination) else { return Err(Reason::NoHome) };
+            place.learn(&packet.source, &packet.destination, known::FROM_PEER, 0, &home);
+            home
         }
-        return of_probe(skb, config, packet, Kind::Inject);
-    }
-    if !maps::is_offered(&packet.destination, member) {
-        return Err(Reason::NotOffered);
-    }
-    let Some(home) = maps::home(&packet.destination) else { return Err(Reason::NoHome) };
+    };
     let wire = packet.on_wire(skb);
     if home == NONE || packet.ttl <= 1 {
         return Ok(Verdict::of(Kind::Inject, 0).counted(sent::FROM_PEERS, wire));
@@ -198,22 +234,15 @@ enum Hops {
     Last,
 }
 
-/// Whether the packet's source is offered to the member that it goes to.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Offer {
-    Known,
-    Unknown,
+/// The member, if the packet's source is offered to it.
+#[inline(always)]
+fn offered(packet: &Packet, member: u16) -> Result<u16, Reason> {
+    if maps::is_offered(&packet.source, member) { Ok(member) } else { Err(Reason::SourceNotOffered) }
 }
 
-/// Steers what is for a member.
+/// Steers what is for a member, from a source that is offered to it.
 #[inline(always)]
-fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, offer: Offer, hops: Hops) -> Decision {
-    if hops == Hops::Any && is_our_tunnel(skb, config, packet) {
-        return Err(Reason::Loop);
-    }
-    if offer == Offer::Unknown && !maps::is_offered(&packet.source, member) {
-        return Err(Reason::SourceNotOffered);
-    }
+fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, hops: Hops) -> Decision {
     let reach = maps::health(member);
     let limit = u32::from(if reach.mtu == 0 { config.mtu } else { reach.mtu });
     let wire = packet.on_wire(skb);

@@ -105,23 +105,21 @@ pub fn place(source: &Words, destination: &Words) -> Place {
 }
 
 impl Place {
-    /// The member whose range the destination is in, if that and that the source is offered to it is known; or 0, which
-    /// no member is.
     #[inline(always)]
-    pub fn member(self, source: &Words, destination: &Words) -> u16 {
+    pub fn known(&self, source: &Words, destination: &Words) -> Option<&Known> {
         if self.entry.is_null() {
-            return 0;
+            return None;
         }
         // SAFETY: an entry of an array; it is this processor's, and a program is not interrupted by itself.
         let known = unsafe { &*self.entry };
         let right = known.version == self.version
             && words(&known.source) == *source
             && words(&known.destination) == *destination;
-        if right { known.member } else { 0 }
+        right.then_some(known)
     }
 
     #[inline(always)]
-    pub fn learn(self, source: &Words, destination: &Words, member: u16) {
+    pub fn learn(self, source: &Words, destination: &Words, kind: u8, member: u16, node: &Words) {
         if self.entry.is_null() {
             return;
         }
@@ -129,8 +127,8 @@ impl Place {
             // SAFETY: 16 bytes.
             Addr(unsafe { core::mem::transmute::<Words, [u8; 16]>(*words) })
         };
-        let known =
-            Known { version: self.version, source: addr(source), destination: addr(destination), member, zero: [0; 6] };
+        let (source, destination, node) = (addr(source), addr(destination), addr(node));
+        let known = Known { version: self.version, source, destination, node, member, kind, zero: [0; 5] };
         // SAFETY: as above.
         unsafe { self.entry.write(known) };
     }

@@ -14,17 +14,22 @@ const END: u8 = 0;
 const NOP: u8 = 1;
 const MSS: u8 = 2;
 
-/// Lowers what a SYN or SYN-ACK offers to what fits `limit` bytes with both headers.
+/// Bytes of the TCP header of a SYN or SYN-ACK; of no other packet.
 #[inline(always)]
-pub fn clamp(skb: Skb, packet: &Packet, limit: u16) -> Result<(), Refused> {
+pub fn first(skb: Skb, packet: &Packet) -> Option<u32> {
     if packet.protocol != TCP || packet.part == Part::Later {
-        return Ok(());
+        return None;
     }
-    let Some([offset, flags]) = skb.load::<[u8; 2]>(packet.l4 + 12) else { return Ok(()) };
+    let [offset, flags] = skb.load::<[u8; 2]>(packet.l4 + 12)?;
     let length = u32::from(offset >> 4) * 4;
-    if flags & SYN == 0 || length < 20 || packet.l4 - packet.l3 + length > packet.declared {
-        return Ok(());
-    }
+    let whole = length >= 20 && packet.l4 - packet.l3 + length <= packet.declared;
+    (flags & SYN != 0 && whole).then_some(length)
+}
+
+/// Lowers what a packet with a TCP header of `length` bytes, as [`first`] tells, offers to what fits `limit` bytes with both
+/// headers.
+#[inline(always)]
+pub fn clamp(skb: Skb, packet: &Packet, length: u32, limit: u16) -> Result<(), Refused> {
     let Some(place) = find(skb, packet.l4 + 20, length - 20) else { return Ok(()) };
     let Some(offered) = skb.load::<u16>(place) else { return Ok(()) };
     let most = limit.saturating_sub(if packet.v6 { 60 } else { 40 });

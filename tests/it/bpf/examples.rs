@@ -11,7 +11,7 @@ use super::{
     check::{differs, read},
     model::{Context, Key, Verdict, World},
     packet::{ACK, Eth, Fragment, Harm, Ip, L4, Packet, Probe, SYN, TcpOption, pseudo_checksum},
-    run::{Loaded, REDIRECT, model_of},
+    run::{DROP, Loaded, model_of},
 };
 
 /// The rows that one program gives, each a node and packets.
@@ -233,21 +233,56 @@ fn steer() {
 /// What was found of two addresses is not asked for again, until there is a new version of the tables.
 #[test]
 fn what_is_known_lasts_for_a_version() {
-    let mut loaded = Loaded::new(Program::Steer).expect("the kernel takes the program");
-    let Row { packet, context, .. } = row("a pod to a remote pod", POD, FAR);
-    let offered = gateway();
-    let withdrawn = World { own: [].into(), ..gateway() };
-    let steered = |loaded: &mut Loaded| loaded.run(&packet.bytes(), &context).unwrap().returned == REDIRECT;
-    loaded.maps.write(&offered).unwrap();
-    let first = loaded.maps.version().unwrap();
-    assert!(steered(&mut loaded));
-    loaded.maps.write(&withdrawn).unwrap();
-    let second = loaded.maps.version().unwrap();
-    assert!(!steered(&mut loaded));
-    loaded.maps.set_version(first).unwrap();
-    assert!(steered(&mut loaded), "it was asked for again");
-    loaded.maps.set_version(second).unwrap();
-    assert!(!steered(&mut loaded), "what is not steered is not to be known");
+    let no_own = |world: World| World { own: [].into(), ..world };
+    let no_homes = |world: World| World { homes: [].into(), ..world };
+    let no_nodes = |world: World| World { nodes: [].into(), ..world };
+    let no_remote = |world: World| World { remote: [].into(), ..world };
+    let of_a_worker = || row("a worker's pod to a remote pod", "10.42.2.2", FAR).from("192.0.2.12");
+    let to_here = || row("a remote pod by a gateway", FAR, POD).from("192.0.2.11");
+    let to_other = || row("a remote pod to another node's", FAR, "10.42.1.2");
+    let changed: [(Program, Row, fn(World) -> World); 12] = [
+        (Program::Steer, row("a pod to a remote pod", POD, FAR), no_own),
+        (Program::Steer, row("a pod to a remote pod", POD, FAR), no_remote),
+        (Program::FromHop, of_a_worker(), no_own),
+        (Program::FromHop, of_a_worker(), no_homes),
+        (Program::FromHop, of_a_worker(), no_nodes),
+        (Program::FromHop, of_a_worker(), no_remote),
+        (Program::FromHop, to_here(), no_homes),
+        (Program::FromHop, to_here(), no_nodes),
+        (Program::FromHop, to_here(), no_remote),
+        (Program::FromPeer, to_other(), no_own),
+        (Program::FromPeer, to_other(), no_homes),
+        (Program::FromPeer, to_other(), no_remote),
+    ];
+    for (program, Row { what, packet, context }, change) in changed {
+        let mut loaded = Loaded::new(program).expect("the kernel takes the program");
+        let passes = |loaded: &mut Loaded| loaded.run(&packet.bytes(), &context).unwrap().returned != DROP;
+        loaded.maps.write(&gateway()).unwrap();
+        let first = loaded.maps.version().unwrap();
+        assert!(passes(&mut loaded), "{what}");
+        loaded.maps.write(&change(gateway())).unwrap();
+        let second = loaded.maps.version().unwrap();
+        assert!(!passes(&mut loaded), "{what}: it was not asked for again");
+        loaded.maps.set_version(first).unwrap();
+        assert!(passes(&mut loaded), "{what}: it was asked for again");
+        loaded.maps.set_version(second).unwrap();
+        assert!(!passes(&mut loaded), "{what}: what is not admitted is not to be known");
+    }
+}
+
+/// A program admits by what it asked itself, of the same node: the same addresses may come from elsewhere.
+#[test]
+fn what_is_known_of_one_way_is_not_of_another() {
+    let mut hop = Loaded::new(Program::FromHop).expect("the kernel takes the program");
+    hop.maps.write(&gateway()).unwrap();
+    let mut passes = |from: &str| {
+        let Row { packet, context, .. } = row("", "10.42.2.2", FAR).from(from);
+        hop.run(&packet.bytes(), &context).unwrap().returned != DROP
+    };
+    assert!(passes("192.0.2.12"));
+    assert!(!passes("192.0.2.11"), "another node's");
+    assert!(passes("192.0.2.12"));
+    assert!(!passes("192.0.2.99"), "nobody's");
 }
 
 #[test]

@@ -115,8 +115,6 @@ impl Maps {
             }
             self.own.insert(&key(prefix), offered, 0)?;
         }
-        let version = self.version.get(&0, 0)?;
-        self.version.set(0, version + 1, 0)?;
         for (prefix, node) in &world.homes {
             self.homes.insert(&key(prefix), Home { node: *node }, 0)?;
         }
@@ -127,6 +125,8 @@ impl Maps {
             self.health.set(u32::from(*member), reach, 0)?;
         }
         self.config.set(0, world.config, 0)?;
+        let version = self.version.get(&0, 0)?;
+        self.version.set(0, version + 1, 0)?;
         self.answer.set(0, world.answer, 0)?;
         // Never behind the clock, or as far behind as the machine has run.
         self.probed.set(0, if world.probed { u64::MAX } else { 0 }, 0)?;

@@ -249,6 +249,9 @@ pub fn steer(world: &World, frame: &[u8], context: &Context) -> Outcome {
         Err(malformed) => return dropped(reason_of(malformed), context),
     };
     let seen = Seen { world, frame, context, ip };
+    if seen.is_our_tunnel() {
+        return dropped(Reason::Loop, context);
+    }
     match world.remote(seen.ip.dst) {
         Some(found) if found.kind == remote::RANGE => seen.steered(found.member, From::Hop),
         Some(found) if found.kind == remote::OVERLAY => seen.to_overlay(found.member),
@@ -285,12 +288,12 @@ pub fn from_hop(world: &World, frame: &[u8], context: &Context) -> Outcome {
     if !(0..secrets).any(|secret| config.vni[secret] == key.vni && frame.starts_with(&config.mac[secret])) {
         return dropped(Reason::HopUnauthenticated, context);
     }
-    let Some(node) = world.nodes.get(&key.remote).filter(|node| world.is_gateway() || node.slot != NO_SLOT) else {
-        return dropped(Reason::HopUnknownNode, context);
-    };
     let ip = match parse(frame, context.gso_size > 0) {
         Ok(ip) => ip,
         Err(malformed) => return dropped(reason_of(malformed), context),
+    };
+    let Some(node) = world.nodes.get(&key.remote).filter(|node| world.is_gateway() || node.slot != NO_SLOT) else {
+        return dropped(Reason::HopUnknownNode, context);
     };
     let seen = Seen { world, frame, context, ip };
     let (src, dst) = (seen.ip.src, seen.ip.dst);
@@ -460,7 +463,7 @@ impl Seen<'_> {
     /// Towards a range of a member.
     fn steered(&self, member: u16, from: From) -> Outcome {
         let world = self.world;
-        if from != From::Worker && self.is_our_tunnel() {
+        if from == From::Native && self.is_our_tunnel() {
             return dropped(Reason::Loop, self.context);
         }
         if !world.offers(self.ip.src, member) {

@@ -151,16 +151,16 @@ impl Maps {
             }
             Entry::Remote(to, value) => {
                 let bytes = codec::encode_remote(*value).ok_or_else(invalid)?;
-                sys::update(self.fd("REMOTE"), &codec::prefix(to), &bytes).and_then(|()| self.forget())
+                sys::update(self.fd("REMOTE"), &codec::prefix(to), &bytes)
             }
             Entry::Own(to, members) => {
                 let bytes = codec::encode_offered(members);
-                sys::update(self.fd("OWN"), &codec::prefix(to), &bytes).and_then(|()| self.forget())
+                sys::update(self.fd("OWN"), &codec::prefix(to), &bytes)
             }
             Entry::Home(to, home) => sys::update(self.fd("HOMES"), &codec::prefix(to), &codec::encode_home(*home)),
             Entry::Node(at, node) => sys::update(self.fd("NODES"), &codec::address(*at), &codec::encode_node(*node)),
         };
-        written.map_err(|error| match error.raw_os_error() {
+        written.and_then(|()| self.forget()).map_err(|error| match error.raw_os_error() {
             Some(libc::ENOSPC | libc::E2BIG) => {
                 io::Error::new(io::ErrorKind::StorageFull, "the map is full: this mesh is larger than is supported")
             }
@@ -168,20 +168,21 @@ impl Maps {
         })
     }
 
-    /// Has the programs forget what they know of `REMOTE` and `OWN`.
+    /// Has the programs forget what they know of the tables.
     pub(super) fn forget(&self) -> io::Result<()> {
         let version = sys::lookup::<u32, u64>(self.fd("VERSION"), &0)?.unwrap_or(0);
         sys::update(self.fd("VERSION"), &0_u32, &version.wrapping_add(1))
     }
 
     pub(super) fn delete(&self, key: &Key) -> io::Result<()> {
-        match key {
+        let deleted = match key {
             // An array's entry cannot be deleted: to the programs, zeros are no configuration.
             Key::Config => sys::update(self.fd("CONFIG"), &0_u32, &codec::NO_CONFIG),
-            Key::Remote(to) => sys::delete(self.fd("REMOTE"), &codec::prefix(to)).and_then(|()| self.forget()),
-            Key::Own(to) => sys::delete(self.fd("OWN"), &codec::prefix(to)).and_then(|()| self.forget()),
+            Key::Remote(to) => sys::delete(self.fd("REMOTE"), &codec::prefix(to)),
+            Key::Own(to) => sys::delete(self.fd("OWN"), &codec::prefix(to)),
             Key::Home(to) => sys::delete(self.fd("HOMES"), &codec::prefix(to)),
             Key::Node(at) => sys::delete(self.fd("NODES"), &codec::address(*at)),
-        }
+        };
+        deleted.and_then(|()| self.forget())
     }
 }
