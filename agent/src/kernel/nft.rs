@@ -6,7 +6,8 @@
 //! chain (net/netfilter/nf_nat_core.c `nf_nat_inet_fn`).
 //! The hop's chains run before connection tracking does (priority raw). Both leave the hop's own UDP between nodes
 //! untracked. `hop_in` also drops what comes by no native device and goes to the hop port of a node, this one included: it is
-//! a pod's, and a pod could forge hop packets. (What comes by a native device is judged by `from_hop`.)
+//! a pod's, and a pod could forge hop packets. (What comes by a native device is judged by `from_hop`.) A rule about ports does
+//! not match a later fragment, which has none: so the rules that drop ask for the port again.
 //!
 //! The rules look into sets of concatenated ranges, which must not overlap (net/netfilter/nft_set_pipapo.c refuses
 //! most overlaps). The pairs as they were wanted may, so they are kept beside, in sets that no rule uses: `*_wanted`.
@@ -235,16 +236,19 @@ fn chains(port: u16, (first, last): (u16, u16)) -> String {
     type filter hook prerouting priority -300; policy accept;
     meta l4proto != udp accept
     udp dport != {port} accept
-    iifname != @native ip daddr @nodes4 udp dport {port} counter drop comment "forwarded: forged"
-    iifname != @native ip6 daddr @nodes6 udp dport {port} counter drop comment "forwarded: forged"
-    iifname != @native fib daddr type local udp dport {port} counter drop comment "from here: forged"
-    ip saddr @nodes4 udp dport {port} udp sport {first}-{last} notrack comment "the hop"
-    ip6 saddr @nodes6 udp dport {port} udp sport {first}-{last} notrack comment "the hop"
+    iifname @native udp sport {first}-{last} ip saddr @nodes4 notrack accept comment "the hop"
+    iifname @native udp sport {first}-{last} ip6 saddr @nodes6 notrack accept comment "the hop"
+    iifname @native accept
+    ip daddr @nodes4 udp dport {port} counter drop comment "forwarded: forged"
+    ip6 daddr @nodes6 udp dport {port} counter drop comment "forwarded: forged"
+    fib daddr type local udp dport {port} counter drop comment "from here: forged"
   }}
   chain hop_out {{
     type filter hook output priority -300; policy accept;
-    ip daddr @nodes4 udp dport {port} udp sport {first}-{last} notrack comment "the hop"
-    ip6 daddr @nodes6 udp dport {port} udp sport {first}-{last} notrack comment "the hop"
+    meta l4proto != udp accept
+    udp dport != {port} accept
+    udp sport {first}-{last} ip daddr @nodes4 notrack comment "the hop"
+    udp sport {first}-{last} ip6 daddr @nodes6 notrack comment "the hop"
   }}
 "#
     )
@@ -344,17 +348,18 @@ fn normal(value: &Value) -> Value {
 
 /// Everything in our table but the elements of its sets, as [`parse`] lays it out.
 fn skeleton(port: u16, (first, last): (u16, u16)) -> Vec<(String, Value)> {
-    let not_native = matching("!=", json!({"meta": {"key": "iifname"}}), "@native");
+    let native = matching("==", json!({"meta": {"key": "iifname"}}), "@native");
+    let accept = json!({"accept": null});
     let not_udp = matching("!=", json!({"meta": {"key": "l4proto"}}), "udp");
     let not_to_hop = matching("!=", payload("udp", "dport"), port);
     let to_hop = matching("==", payload("udp", "dport"), port);
     let sources = if first == last { json!(first) } else { json!({"range": [first, last]}) };
     let from_hop = matching("==", payload("udp", "sport"), sources);
     let local = matching("==", json!({"fib": {"result": "type", "flags": ["daddr"]}}), "local");
-    let forged = |comment, towards: Value| {
-        rule("hop_in", comment, json!([not_native, towards, to_hop, {"counter": {}}, {"drop": null}]))
-    };
-    let untracked = |chain, end: Value| rule(chain, "the hop", json!([end, to_hop, from_hop, {"notrack": null}]));
+    let forged =
+        |comment, towards: Value| rule("hop_in", comment, json!([towards, to_hop, {"counter": {}}, {"drop": null}]));
+    let comes = |from: Value| rule("hop_in", "the hop", json!([native, from_hop, from, {"notrack": null}, accept]));
+    let goes = |to: Value| rule("hop_out", "the hop", json!([from_hop, to, {"notrack": null}]));
     let node = |protocol, end, set| matching("==", payload(protocol, end), set);
     let mut all = vec![
         ("table carrick".to_owned(), json!({"family": "inet", "name": TABLE})),
@@ -362,16 +367,19 @@ fn skeleton(port: u16, (first, last): (u16, u16)) -> Vec<(String, Value)> {
         rule("keep_source", "own to remote: the source stays", json!([pair_in("ip", "@keep4"), keep("ip")])),
         rule("keep_source", "own to remote: the source stays", json!([pair_in("ip6", "@keep6"), keep("ip6")])),
         chain("hop_in", "filter", "prerouting", -300),
-        bare_rule("hop_in", json!([not_udp, {"accept": null}])),
-        bare_rule("hop_in", json!([not_to_hop, {"accept": null}])),
+        bare_rule("hop_in", json!([not_udp, accept])),
+        bare_rule("hop_in", json!([not_to_hop, accept])),
+        comes(node("ip", "saddr", "@nodes4")),
+        comes(node("ip6", "saddr", "@nodes6")),
+        bare_rule("hop_in", json!([native, accept])),
         forged("forwarded: forged", node("ip", "daddr", "@nodes4")),
         forged("forwarded: forged", node("ip6", "daddr", "@nodes6")),
         forged("from here: forged", local),
-        untracked("hop_in", node("ip", "saddr", "@nodes4")),
-        untracked("hop_in", node("ip6", "saddr", "@nodes6")),
         chain("hop_out", "filter", "output", -300),
-        untracked("hop_out", node("ip", "daddr", "@nodes4")),
-        untracked("hop_out", node("ip6", "daddr", "@nodes6")),
+        bare_rule("hop_out", json!([not_udp, accept])),
+        bare_rule("hop_out", json!([not_to_hop, accept])),
+        goes(node("ip", "daddr", "@nodes4")),
+        goes(node("ip6", "daddr", "@nodes6")),
         set(NATIVE, json!("ifname")),
         set(HOP_WANTED, json!(["inet_service", "inet_service", "inet_service"])),
     ];

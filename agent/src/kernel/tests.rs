@@ -513,7 +513,7 @@ fn a_damaged_nft_table_is_replaced() {
         let mut kernel = linux();
         let nft = typical().nft.unwrap();
         kernel.apply(&Op::GrowNft(nft.clone())).await.unwrap();
-        for (ours, other) in [("priority 99", "priority 101"), ("-300", "-299"), ("27471 notrack", "27470 notrack")] {
+        for (ours, other) in [("priority 99", "priority 101"), ("-300", "-299"), ("27471 ip", "27470 ip")] {
             let text = super::nft::render(&nft).replace(ours, other);
             sh(&format!("nft -f - <<'E'\n{text}\nE"));
             assert_eq!(read(&mut kernel).await.nft, None);

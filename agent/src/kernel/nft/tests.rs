@@ -100,16 +100,19 @@ fn rendered_table() {
             type filter hook prerouting priority -300; policy accept;
             meta l4proto != udp accept
             udp dport != 27472 accept
-            iifname != @native ip daddr @nodes4 udp dport 27472 counter drop comment "forwarded: forged"
-            iifname != @native ip6 daddr @nodes6 udp dport 27472 counter drop comment "forwarded: forged"
-            iifname != @native fib daddr type local udp dport 27472 counter drop comment "from here: forged"
-            ip saddr @nodes4 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
-            ip6 saddr @nodes6 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
+            iifname @native udp sport 27456-27471 ip saddr @nodes4 notrack accept comment "the hop"
+            iifname @native udp sport 27456-27471 ip6 saddr @nodes6 notrack accept comment "the hop"
+            iifname @native accept
+            ip daddr @nodes4 udp dport 27472 counter drop comment "forwarded: forged"
+            ip6 daddr @nodes6 udp dport 27472 counter drop comment "forwarded: forged"
+            fib daddr type local udp dport 27472 counter drop comment "from here: forged"
           }
           chain hop_out {
             type filter hook output priority -300; policy accept;
-            ip daddr @nodes4 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
-            ip6 daddr @nodes6 udp dport 27472 udp sport 27456-27471 notrack comment "the hop"
+            meta l4proto != udp accept
+            udp dport != 27472 accept
+            udp sport 27456-27471 ip daddr @nodes4 notrack comment "the hop"
+            udp sport 27456-27471 ip6 daddr @nodes6 notrack comment "the hop"
           }
         }
     "#]]
