@@ -7,6 +7,8 @@ use std::{io, sync::OnceLock};
 
 use super::ifreq;
 
+/// What is received is merged.
+pub(super) const GRO: &str = "rx-gro";
 /// UDP that is forwarded stays merged.
 pub(super) const UDP_GRO_FORWARDING: &str = "rx-udp-gro-forwarding";
 /// The device itself cuts what is inside of VXLAN.

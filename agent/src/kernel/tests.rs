@@ -24,7 +24,7 @@ use crate::{
     keys::{PresharedKey, PrivateKey, PublicKey},
     names::{Device, Interface, Ordinal, Table},
     reconcile::Kernel,
-    state::{self, Family, Hop, Link, Lookups, Nft, Op, Peer, Route, Rule, State},
+    state::{self, Family, Hop, Link, Lookups, Merges, Nft, Op, Peer, Route, Rule, State},
 };
 
 /// Runs `work` on a thread with a network namespace and a runtime of its own; both end with it.
@@ -200,10 +200,11 @@ pub(crate) fn any_nft() -> impl Strategy<Value = Nft> {
 }
 
 fn any_link() -> impl Strategy<Value = Link> {
-    (1280_u32..9000, any::<[bool; 2]>(), 0_u8..3).prop_map(|(mtu, [forwarding, udp_gro_forwarding], rp_filter)| Link {
+    let merges = proptest::sample::select(vec![Merges::Nothing, Merges::Streams, Merges::Everything]);
+    (1280_u32..9000, any::<bool>(), 0_u8..3, merges).prop_map(|(mtu, forwarding, rp_filter, merges)| Link {
         forwarding,
         rp_filter,
-        udp_gro_forwarding,
+        merges,
         ..Link::ours(mtu)
     })
 }
@@ -463,6 +464,7 @@ fn a_damaged_hop_is_repaired() {
         "echo 0 > /proc/sys/net/ipv4/conf/carrick-hop/forwarding",
         "echo 1 > /proc/sys/net/ipv4/conf/carrick-hop/rp_filter",
         "ethtool -K carrick-hop rx-udp-gro-forwarding on",
+        "ethtool -K carrick-hop gro off",
     ]);
 }
 

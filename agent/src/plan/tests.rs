@@ -12,7 +12,7 @@ use crate::{
     model::key,
     names::NodeName,
     overlay::Overlay,
-    state::{Config, Home, Maps, Remote},
+    state::{Config, Home, Maps, Merges, Remote},
 };
 
 /// A mesh in short: a line per member, `name id [gwN[@host:port]]... [prefix[>member,...]]...`; the n-th line's gateway o
@@ -1104,6 +1104,17 @@ proptest! {
                     prop_assert_eq!(seen(maps, config), seen(others, theirs));
                 }
             }
+        }
+    }
+
+    /// A gateway's hop merges for the tunnel; what a worker gets is merged already.
+    #[test]
+    fn the_hop_merges_on_gateways_alone((intent, nodes) in any_world()) {
+        for facts in &nodes {
+            let (state, _) = plan(&intent, facts);
+            let (Some(link), Some(maps)) = (state.links.get(&Interface::Hop), &state.maps) else { continue };
+            let gateway = config(maps).slot.is_some();
+            prop_assert_eq!(link.merges, if gateway { Merges::Everything } else { Merges::Nothing });
         }
     }
 

@@ -233,6 +233,7 @@ fn steer() {
 /// What was found of two addresses is not asked for again, until there is a new version of the tables.
 #[test]
 fn what_is_known_lasts_for_a_version() {
+    type Change = fn(World) -> World;
     let no_own = |world: World| World { own: [].into(), ..world };
     let no_homes = |world: World| World { homes: [].into(), ..world };
     let no_nodes = |world: World| World { nodes: [].into(), ..world };
@@ -240,7 +241,7 @@ fn what_is_known_lasts_for_a_version() {
     let of_a_worker = || row("a worker's pod to a remote pod", "10.42.2.2", FAR).from("192.0.2.12");
     let to_here = || row("a remote pod by a gateway", FAR, POD).from("192.0.2.11");
     let to_other = || row("a remote pod to another node's", FAR, "10.42.1.2");
-    let changed: [(Program, Row, fn(World) -> World); 12] = [
+    let changed: [(Program, Row, Change); 12] = [
         (Program::Steer, row("a pod to a remote pod", POD, FAR), no_own),
         (Program::Steer, row("a pod to a remote pod", POD, FAR), no_remote),
         (Program::FromHop, of_a_worker(), no_own),
