@@ -7,7 +7,7 @@
 #![no_std]
 
 /// Version of everything in this file that is pinned. Maps live in bpffs under `carrick/v<ABI>`.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
 
 /// Largest member id. Ids 0 to this, one bit each, fill a probe's 512-byte bitmap.
 pub const MAX_MEMBER_ID: u16 = 4095;

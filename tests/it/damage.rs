@@ -113,7 +113,7 @@ const DEAR: &[(&str, &[(&str, usize)])] = &[
     ("conntrack -F", BOTH),
     ("ip link del carrick-hop", BOTH),
     ("ip link del carrick-wg1", &[GATEWAY]),
-    ("for link in /sys/fs/bpf/carrick/v1/links/*; do bpftool link detach pinned $link; done", BOTH),
+    ("for link in /sys/fs/bpf/carrick/v*/links/*; do bpftool link detach pinned $link; done", BOTH),
     ("rm -r /sys/fs/bpf/carrick", BOTH),
 ];
 
