@@ -83,6 +83,7 @@ pub struct Offered {
 /// Value of `KNOWN`, what a processor last found in the tables (`REMOTE`, `OWN`, `HOMES`, `NODES`, `CONFIG`) for a pair of
 /// addresses that is admitted. It counts for as long as `VERSION` is what it was before they were asked: who changes one of
 /// them adds one to that afterwards.
+/// An entry of zeros never counts: `CONFIG` was written, or no program reads this, and that made a version of 1.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Known {

@@ -66,7 +66,8 @@ fn block(world: &World, name: &str, node: &str, range: &str) -> Result<()> {
 
 /// Where the programs of a node look for the pods of this cluster, IPv4: each prefix, with the node's address.
 fn homes(world: &World, node: usize) -> Result<Vec<String>> {
-    let dump = ["-j", "map", "dump", "pinned", "/sys/fs/bpf/carrick/v1/maps/HOMES"];
+    let homes = format!("/sys/fs/bpf/carrick/v{}/maps/HOMES", ebpf::ABI);
+    let dump = ["-j", "map", "dump", "pinned", &homes];
     let entries: Vec<Value> = serde_json::from_str(&world.node(node).host.output("bpftool", &dump)?)?;
     let mut homes = entries.iter().map(home).collect::<Result<Vec<_>>>()?;
     homes.retain(|home| !home.contains(':'));
