@@ -6,7 +6,8 @@
 
 #![no_std]
 
-/// Version of everything in this file that is pinned. Maps live in bpffs under `carrick/v<ABI>`.
+/// Version of everything in this file that is pinned. Maps live in bpffs under `carrick/v<ABI>`. Health and counters go
+/// over from one version to the next by name, as long as their sizes are the same.
 pub const ABI: u32 = 2;
 
 /// Largest member id. Ids 0 to this, one bit each, fill a probe's 512-byte bitmap.

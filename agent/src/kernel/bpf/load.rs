@@ -116,6 +116,7 @@ pub(super) fn load(pins: &Pins, object: &Object, run_dir: &Path) -> Result<(), L
         pins.remove_programs(None)?;
     }
     pins.make_dirs()?;
+    maps::adopt(pins, &object.shapes)?;
     let loaded = load_programs(pins, object, run_dir, &Program::ALL)?;
     pins.pin_programs(&object.build, &loaded)?;
     Ok(())

@@ -21,6 +21,10 @@ pub(super) const NAMES: [&str; 14] = [
     "DROPS", "SENT",
 ];
 
+/// Those of them that no plan fills: health and counters. A version adopts them from another where their shapes are the
+/// same, so what takes another meaning in the same shape must take another name.
+const LASTING: [&str; 6] = ["HEALTH", "ANSWER", "PROBED", "TRAFFIC", "DROPS", "SENT"];
+
 /// What a map must be for programs and agent to mean the same by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Shape {
@@ -74,6 +78,24 @@ pub(super) fn find(pins: &Pins, name: &str, wanted: Shape) -> io::Result<Found> 
         Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(misshapen("no map".to_owned())),
         Err(error) => Err(error),
     }
+}
+
+/// Pins what another version has learned as ours too, where we have nothing: both share it until the other goes.
+pub(super) fn adopt(pins: &Pins, shapes: &BTreeMap<&'static str, Shape>) -> io::Result<()> {
+    let others = pins.others()?;
+    for name in LASTING {
+        let shape = shapes[name];
+        if !matches!(find(pins, name, shape)?, Found::Nothing) {
+            continue;
+        }
+        for other in &others {
+            if let Found::Right(map) = find(other, name, shape)? {
+                sys::pin(map.as_fd(), &pins.map(name))?;
+                break;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// All of the pinned maps.

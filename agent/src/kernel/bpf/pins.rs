@@ -4,6 +4,7 @@
 //! made anew; so programs whose folder is whole use the maps that are pinned.
 
 use std::{
+    cmp::Reverse,
     collections::BTreeMap,
     fs::{self, DirBuilder},
     io,
@@ -142,9 +143,17 @@ impl Pins {
         Ok(self.abis()?.into_iter().map(|abi| Pins { abi, ..self.clone() }).collect())
     }
 
+    /// The folders of other ABIs, the newest first.
+    pub(super) fn others(&self) -> io::Result<Vec<Pins>> {
+        let mut others = self.all()?;
+        others.retain(|pins| pins.abi != self.abi);
+        others.sort_by_key(|pins| Reverse(pins.abi));
+        Ok(others)
+    }
+
     /// The folders of older ABIs.
     pub(super) fn older(&self) -> io::Result<Vec<Pins>> {
-        Ok(self.all()?.into_iter().filter(|pins| pins.abi < self.abi).collect())
+        Ok(self.others()?.into_iter().filter(|pins| pins.abi < self.abi).collect())
     }
 
     /// The newest ABI, if it is newer than ours.

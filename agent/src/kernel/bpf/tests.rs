@@ -476,12 +476,17 @@ fn an_older_version_is_taken_over_once_the_new_maps_are_filled() {
     on_node(|place| async move {
         let mut old = place.with(OBJECT.to_vec(), ebpf::ABI - 1);
         settle(&place, &mut old, &gateway()).await;
+        let member = MemberId::new(7).unwrap();
+        let reach = ebpf::Reach { via: 3, links: 1, mtu: 1420, ..ebpf::Reach::default() };
+        old.health().unwrap().unwrap().write_reach(member, reach).unwrap();
         let before = hooks();
         let mut new = place.bpf();
         assert_eq!(read(&place, &mut new).await, (None, BTreeSet::new()));
         let watcher = Watcher::start();
         new.load().await.unwrap();
         assert_eq!(hooks(), before, "the new maps are still empty");
+        let health = new.health().unwrap().unwrap();
+        assert_eq!(health.read_reach().unwrap(), BTreeMap::from([(member, reach)]), "what was learned stays");
         settle(&place, &mut new, &gateway()).await;
         watcher.finish();
         assert!(hooks().iter().all(|(hook, programs)| programs.is_empty() || before[hook] != *programs));
