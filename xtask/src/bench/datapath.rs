@@ -1,14 +1,16 @@
 //! The data plane beside the same tunnels with plain routes: throughput and round trips, in turns; and what a packet
 //! costs in `steer`.
 //!
-//! Both stand side by side for a whole run, and each round measures streams one after the other and round trips in turns
-//! on one processor, so that a slow minute of the machine hits both. What is compared are the medians of the rounds' own
-//! ratios and differences.
+//! Both stand side by side for a whole run, and take short turns in each round, round trips on one processor, so that a
+//! slow second of the machine hits both. What is compared are the medians of the rounds' own ratios and differences.
 
 use std::{path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use lab::{Cni, Member, Pod, traffic::tcp::throughput};
+use lab::{
+    Cni, Member, Pod,
+    traffic::tcp::{Throughput, throughput},
+};
 
 use super::{
     joined::Joined,
@@ -23,6 +25,10 @@ use super::{
 use crate::process::check_interrupted;
 
 const PORT: u16 = 5201;
+/// Linux's own choice, whatever this machine prefers: what paces its packets by timers, as BBR does, measures those too.
+const CONGESTION_CONTROL: &str = "cubic";
+/// How long the streams of one run before those of the other: the speed of a virtual machine changes within seconds.
+const TURN: Duration = Duration::from_millis(500);
 /// Round trips of each kind in each round, after as many again / 10 that are not counted.
 const ROUND_TRIPS: usize = 2000;
 /// Of the traffic that shows the way: how long, and how many packets at least.
@@ -51,7 +57,7 @@ pub struct Args {
     /// How often each is measured.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// How long the streams run.
+    /// How long the streams of each run in a round.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
     /// Only what a packet costs in `steer`; nothing is saved.
@@ -113,6 +119,9 @@ fn measure(shape: &Shape, kinds: &[Kind], args: &Args, carrick: &Path) -> Result
     for joined in [&ours, &plain] {
         joined.wait_connected()?;
         let [from, to] = pods(joined)?;
+        for pod in [from, to] {
+            pod.host.sysctl("net/ipv4/tcp_congestion_control", CONGESTION_CONTROL)?;
+        }
         joined.wait_reached(from, to)?;
     }
     plain::strip(&plain)?;
@@ -173,20 +182,22 @@ fn ways(ours: &Joined, kind: Kind) -> Result<[Way; 2]> {
     })
 }
 
-/// A round: bits per second one after the other, or microseconds in turns.
+/// A round: bits per second or microseconds, in turns.
 fn both(joined: [&Joined; 2], kind: Kind, time: Duration) -> Result<[f64; 2]> {
     check_interrupted()?;
     let [first, second] = joined.map(pods);
     let pairs = [first?, second?];
     match kind {
         Kind::Tcp { streams } => {
-            let mut speeds = [0.0; 2];
-            for ([from, to], speed) in pairs.into_iter().zip(&mut speeds) {
-                let flow = throughput(&from.host, &to.host, (to.ip(), PORT).into(), streams, time)?;
-                ensure!(flow.bytes > 0, "no byte arrived in {:.1} s", flow.seconds);
-                *speed = flow.megabits_per_second() * 1e6;
+            let mut flows = [Flow::default(); 2];
+            // There and back again, lest it matter who comes first.
+            for at in [0, 1, 1, 0].into_iter().cycle().take(2 * turns(time)) {
+                check_interrupted()?;
+                let [from, to] = pairs[at];
+                flows[at].add(&throughput(&from.host, &to.host, (to.ip(), PORT).into(), streams, TURN)?);
             }
-            Ok(speeds)
+            let [first, second] = flows.map(Flow::bits_per_second);
+            Ok([first?, second?])
         }
         Kind::RoundTrip => {
             let pairs = pairs.map(ends);
@@ -195,6 +206,30 @@ fn both(joined: [&Joined; 2], kind: Kind, time: Duration) -> Result<[f64; 2]> {
             let typical = |at: usize| median(times[at].iter().map(|time| time.as_secs_f64() * 1e6));
             Ok([typical(0), typical(1)])
         }
+    }
+}
+
+/// How many turns make up that time: one at least.
+fn turns(time: Duration) -> usize {
+    (time.as_millis() / TURN.as_millis()).max(1) as usize
+}
+
+/// Of one data plane in one round.
+#[derive(Clone, Copy, Debug, Default)]
+struct Flow {
+    bytes: u64,
+    seconds: f64,
+}
+
+impl Flow {
+    fn add(&mut self, turn: &Throughput) {
+        self.bytes += turn.bytes;
+        self.seconds += turn.seconds;
+    }
+
+    fn bits_per_second(self) -> Result<f64> {
+        ensure!(self.bytes > 0, "no byte arrived in {:.1} s", self.seconds);
+        Ok(self.bytes as f64 * 8.0 / self.seconds)
     }
 }
 
