@@ -68,7 +68,7 @@ impl Meshed<'_> {
 
 /// Packets that the hop's chain has dropped on that node.
 fn dropped_by_nft(node: &Node) -> Result<u64> {
-    let listing = node.host.output("nft", &["list", "chain", "inet", "carrick", "hop_in"])?;
+    let listing = node.host.output("nft", &["list", "chain", "inet", "carrick", "hop_guard"])?;
     let words: Vec<&str> = listing.split_whitespace().collect();
     Ok(words.windows(2).filter(|pair| pair[0] == "packets").filter_map(|pair| pair[1].parse::<u64>().ok()).sum())
 }

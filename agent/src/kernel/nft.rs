@@ -4,10 +4,10 @@
 //! Chain `keep_source` runs just before the CNI's masquerade (NAT postrouting, priority srcnat - 1) and maps the source of
 //! what goes from an own range to a remote one to itself: a connection that has a mapping is skipped by every later NAT
 //! chain (net/netfilter/nf_nat_core.c `nf_nat_inet_fn`).
-//! The hop's chains run before connection tracking does (priority raw). Both leave the hop's own UDP between nodes
-//! untracked. `hop_in` also drops what comes by no native device and goes to the hop port of a node, this one included: it is
-//! a pod's, and a pod could forge hop packets. (What comes by a native device is judged by `from_hop`.) A rule about ports does
-//! not match a later fragment, which has none: so the rules that drop ask for the port again.
+//! The hop's chains run before connection tracking does (priority raw). What does not go to the hop port, a later fragment
+//! among it, which has no port, leaves them by their one rule; the chains that this leads to leave the hop's own UDP between
+//! nodes untracked. `hop_guard` also drops what comes by no native device and goes to the hop port of a node, this one
+//! included: it is a pod's, and a pod could forge hop packets. (What comes by a native device is judged by `from_hop`.)
 //!
 //! The rules look into sets of concatenated ranges, which must not overlap (net/netfilter/nft_set_pipapo.c refuses
 //! most overlaps). The pairs as they were wanted may, so they are kept beside, in sets that no rule uses: `*_wanted`.
@@ -23,6 +23,7 @@ use std::{
     net::IpAddr,
 };
 
+use ebpf::capacity;
 use ipnetwork::IpNetwork;
 use netlink_packet_core::NLM_F_ACK;
 use serde_json::{Value, json};
@@ -187,12 +188,16 @@ pub(super) fn can_say(link: &str) -> bool {
     link.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"*\\".contains(&byte))
 }
 
-/// A set, as it is written.
+/// A set, as it is written. One that is looked into for every packet of the hop says how many elements it may have: the
+/// kernel has faster tables for those (net/netfilter/nft_set_hash.c `nft_hash_fast_lookup`).
 struct Set {
     name: &'static str,
     kind: String,
     elements: Vec<String>,
 }
+
+/// Native devices that the set has room for.
+const MOST_NATIVE: u32 = 256;
 
 /// Those of a table, always the same ones in the same order.
 fn sets(nft: &Nft) -> Vec<Set> {
@@ -212,14 +217,18 @@ fn sets(nft: &Nft) -> Vec<Set> {
                 kind: format!("{address} . mark . {address} . mark"),
                 elements: keep.iter().map(|(a, b)| format!("{} . {}", one(a), one(b))).collect(),
             },
-            Set { name: family.nodes, kind: address.to_owned(), elements: nodes.map(IpAddr::to_string).collect() },
+            Set {
+                name: family.nodes,
+                kind: format!("{address}; size {}", capacity::NODES),
+                elements: nodes.map(IpAddr::to_string).collect(),
+            },
         ]);
     }
     let (port, (first, last)) = (nft.hop_port, nft.hop_sources);
     let native = nft.native.iter().map(|name| format!("\"{name}\"")).collect();
     let ports = "inet_service . inet_service . inet_service".to_owned();
     sets.extend([
-        Set { name: NATIVE, kind: "ifname".to_owned(), elements: native },
+        Set { name: NATIVE, kind: format!("ifname; size {MOST_NATIVE}"), elements: native },
         Set { name: HOP_WANTED, kind: ports, elements: vec![format!("{port} . {first} . {last}")] },
     ]);
     sets
@@ -234,21 +243,23 @@ fn chains(port: u16, (first, last): (u16, u16)) -> String {
   }}
   chain hop_in {{
     type filter hook prerouting priority -300; policy accept;
-    meta l4proto != udp accept
-    udp dport != {port} accept
+    udp dport {port} goto hop_guard
+  }}
+  chain hop_guard {{
     iifname @native udp sport {first}-{last} ip saddr @nodes4 notrack accept comment "the hop"
     iifname @native udp sport {first}-{last} ip6 saddr @nodes6 notrack accept comment "the hop"
     iifname @native accept
-    ip daddr @nodes4 udp dport {port} counter drop comment "forwarded: forged"
-    ip6 daddr @nodes6 udp dport {port} counter drop comment "forwarded: forged"
-    fib daddr type local udp dport {port} counter drop comment "from here: forged"
+    ip daddr @nodes4 counter drop comment "forwarded: forged"
+    ip6 daddr @nodes6 counter drop comment "forwarded: forged"
+    fib daddr type local counter drop comment "from here: forged"
   }}
   chain hop_out {{
     type filter hook output priority -300; policy accept;
-    meta l4proto != udp accept
-    udp dport != {port} accept
-    udp sport {first}-{last} ip daddr @nodes4 notrack comment "the hop"
-    udp sport {first}-{last} ip6 daddr @nodes6 notrack comment "the hop"
+    udp dport {port} goto hop_untracked
+  }}
+  chain hop_untracked {{
+    udp sport {first}-{last} ip daddr @nodes4 notrack accept comment "the hop"
+    udp sport {first}-{last} ip6 daddr @nodes6 notrack accept comment "the hop"
   }}
 "#
     )
@@ -350,16 +361,16 @@ fn normal(value: &Value) -> Value {
 fn skeleton(port: u16, (first, last): (u16, u16)) -> Vec<(String, Value)> {
     let native = matching("==", json!({"meta": {"key": "iifname"}}), "@native");
     let accept = json!({"accept": null});
-    let not_udp = matching("!=", json!({"meta": {"key": "l4proto"}}), "udp");
-    let not_to_hop = matching("!=", payload("udp", "dport"), port);
-    let to_hop = matching("==", payload("udp", "dport"), port);
+    let to_hop = |chain, target| {
+        bare_rule(chain, json!([matching("==", payload("udp", "dport"), port), {"goto": {"target": target}}]))
+    };
     let sources = if first == last { json!(first) } else { json!({"range": [first, last]}) };
     let from_hop = matching("==", payload("udp", "sport"), sources);
     let local = matching("==", json!({"fib": {"result": "type", "flags": ["daddr"]}}), "local");
     let forged =
-        |comment, towards: Value| rule("hop_in", comment, json!([towards, to_hop, {"counter": {}}, {"drop": null}]));
-    let comes = |from: Value| rule("hop_in", "the hop", json!([native, from_hop, from, {"notrack": null}, accept]));
-    let goes = |to: Value| rule("hop_out", "the hop", json!([from_hop, to, {"notrack": null}]));
+        |comment, towards: Value| rule("hop_guard", comment, json!([towards, {"counter": {}}, {"drop": null}]));
+    let comes = |from: Value| rule("hop_guard", "the hop", json!([native, from_hop, from, {"notrack": null}, accept]));
+    let goes = |to: Value| rule("hop_untracked", "the hop", json!([from_hop, to, {"notrack": null}, accept]));
     let node = |protocol, end, set| matching("==", payload(protocol, end), set);
     let mut all = vec![
         ("table carrick".to_owned(), json!({"family": "inet", "name": TABLE})),
@@ -367,27 +378,27 @@ fn skeleton(port: u16, (first, last): (u16, u16)) -> Vec<(String, Value)> {
         rule("keep_source", "own to remote: the source stays", json!([pair_in("ip", "@keep4"), keep("ip")])),
         rule("keep_source", "own to remote: the source stays", json!([pair_in("ip6", "@keep6"), keep("ip6")])),
         chain("hop_in", "filter", "prerouting", -300),
-        bare_rule("hop_in", json!([not_udp, accept])),
-        bare_rule("hop_in", json!([not_to_hop, accept])),
+        to_hop("hop_in", "hop_guard"),
+        regular_chain("hop_guard"),
         comes(node("ip", "saddr", "@nodes4")),
         comes(node("ip6", "saddr", "@nodes6")),
-        bare_rule("hop_in", json!([native, accept])),
+        bare_rule("hop_guard", json!([native, accept])),
         forged("forwarded: forged", node("ip", "daddr", "@nodes4")),
         forged("forwarded: forged", node("ip6", "daddr", "@nodes6")),
         forged("from here: forged", local),
         chain("hop_out", "filter", "output", -300),
-        bare_rule("hop_out", json!([not_udp, accept])),
-        bare_rule("hop_out", json!([not_to_hop, accept])),
+        to_hop("hop_out", "hop_untracked"),
+        regular_chain("hop_untracked"),
         goes(node("ip", "daddr", "@nodes4")),
         goes(node("ip6", "daddr", "@nodes6")),
-        set(NATIVE, json!("ifname")),
+        sized_set(NATIVE, json!("ifname"), MOST_NATIVE),
         set(HOP_WANTED, json!(["inet_service", "inet_service", "inet_service"])),
     ];
     for Sets { address, keep, keep_wanted, nodes, .. } in &FAMILIES {
         let (name, mut pairs) = set(keep, json!([address, address]));
         pairs["flags"] = json!(["interval"]);
         all.extend([(name, pairs), set(keep_wanted, json!([address, "mark", address, "mark"]))]);
-        all.push(set(nodes, json!(address)));
+        all.push(sized_set(nodes, json!(address), capacity::NODES));
     }
     all.sort_by(|a, b| a.0.cmp(&b.0));
     all
@@ -395,6 +406,17 @@ fn skeleton(port: u16, (first, last): (u16, u16)) -> Vec<(String, Value)> {
 
 fn set(name: &str, kind: Value) -> (String, Value) {
     (format!("set {name}"), json!({"family": "inet", "table": TABLE, "name": name, "type": kind}))
+}
+
+fn sized_set(name: &str, kind: Value, size: u32) -> (String, Value) {
+    let (name, mut set) = set(name, kind);
+    set["size"] = json!(size);
+    (name, set)
+}
+
+/// Of no hook: rules of others lead there.
+fn regular_chain(name: &str) -> (String, Value) {
+    (format!("chain {name}"), json!({"family": "inet", "table": TABLE, "name": name}))
 }
 
 fn chain(name: &str, kind: &str, hook: &str, priority: i32) -> (String, Value) {

@@ -487,6 +487,8 @@ fn a_damaged_nft_table_is_replaced() {
         "nft flush table inet carrick",
         "nft flush chain inet carrick hop_in",
         "nft flush chain inet carrick hop_out",
+        "nft flush chain inet carrick hop_guard",
+        "nft flush chain inet carrick hop_untracked",
         "nft flush set inet carrick keep4",
         "nft flush set inet carrick keep4_wanted",
         "nft flush set inet carrick nodes4",
@@ -502,9 +504,10 @@ fn a_damaged_nft_table_is_replaced() {
         "nft delete element inet carrick keep4 '{ 10.42.0.0/16 . 10.44.0.0/16 }'",
         "nft add element inet carrick keep6_wanted '{ fd42:: . 64 . fd44:: . 48 }'",
         "nft add rule inet carrick hop_in accept",
+        "nft add rule inet carrick hop_guard accept",
         "nft insert rule inet carrick hop_in accept comment '\"the hop\"'",
         "nft insert rule inet carrick keep_source masquerade",
-        "nft delete rule inet carrick hop_in handle $(nft -a list table inet carrick | sed -n 's/.*local.*handle //p')",
+        "nft delete rule inet carrick hop_guard handle $(nft -a list table inet carrick | sed -n 's/.*local.*handle //p')",
         "nft add chain inet carrick hop_in '{ policy drop; }'",
         "nft add chain inet carrick more",
         "nft add set inet carrick more '{ type ipv4_addr; }'",
@@ -777,7 +780,7 @@ fn a_pod_reaches_no_hop_port_and_the_hop_is_not_tracked() {
             assert_eq!(underlay.next().await, (node.parse().unwrap(), other.parse().unwrap(), UDP));
             assert_eq!(tracked(), before + 1);
         }
-        let dropped = "nft list chain inet carrick hop_in | grep -o 'packets [0-9]*'";
+        let dropped = "nft list chain inet carrick hop_guard | grep -o 'packets [0-9]*'";
         assert_eq!(sh(dropped), "packets 2\npackets 2\npackets 8\n");
     });
 }

@@ -85,11 +85,11 @@ fn rendered_table() {
         table inet carrick {
           set keep4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 10.42.0.0/16 . 10.44.0.0/16 }; }
           set keep4_wanted { type ipv4_addr . mark . ipv4_addr . mark; elements = { 10.42.0.0 . 16 . 10.44.0.0 . 16 }; }
-          set nodes4 { type ipv4_addr; elements = { 10.0.0.2, 10.0.0.3 }; }
+          set nodes4 { type ipv4_addr; size 16384; elements = { 10.0.0.2, 10.0.0.3 }; }
           set keep6 { type ipv6_addr . ipv6_addr; flags interval; }
           set keep6_wanted { type ipv6_addr . mark . ipv6_addr . mark; }
-          set nodes6 { type ipv6_addr; elements = { fd00::2 }; }
-          set native { type ifname; elements = { "eth0", "eth1.7" }; }
+          set nodes6 { type ipv6_addr; size 16384; elements = { fd00::2 }; }
+          set native { type ifname; size 256; elements = { "eth0", "eth1.7" }; }
           set hop_wanted { type inet_service . inet_service . inet_service; elements = { 27472 . 27456 . 27471 }; }
           chain keep_source {
             type nat hook postrouting priority 99; policy accept;
@@ -98,21 +98,23 @@ fn rendered_table() {
           }
           chain hop_in {
             type filter hook prerouting priority -300; policy accept;
-            meta l4proto != udp accept
-            udp dport != 27472 accept
+            udp dport 27472 goto hop_guard
+          }
+          chain hop_guard {
             iifname @native udp sport 27456-27471 ip saddr @nodes4 notrack accept comment "the hop"
             iifname @native udp sport 27456-27471 ip6 saddr @nodes6 notrack accept comment "the hop"
             iifname @native accept
-            ip daddr @nodes4 udp dport 27472 counter drop comment "forwarded: forged"
-            ip6 daddr @nodes6 udp dport 27472 counter drop comment "forwarded: forged"
-            fib daddr type local udp dport 27472 counter drop comment "from here: forged"
+            ip daddr @nodes4 counter drop comment "forwarded: forged"
+            ip6 daddr @nodes6 counter drop comment "forwarded: forged"
+            fib daddr type local counter drop comment "from here: forged"
           }
           chain hop_out {
             type filter hook output priority -300; policy accept;
-            meta l4proto != udp accept
-            udp dport != 27472 accept
-            udp sport 27456-27471 ip daddr @nodes4 notrack comment "the hop"
-            udp sport 27456-27471 ip6 daddr @nodes6 notrack comment "the hop"
+            udp dport 27472 goto hop_untracked
+          }
+          chain hop_untracked {
+            udp sport 27456-27471 ip daddr @nodes4 notrack accept comment "the hop"
+            udp sport 27456-27471 ip6 daddr @nodes6 notrack accept comment "the hop"
           }
         }
     "#]]
