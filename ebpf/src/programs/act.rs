@@ -185,26 +185,35 @@ fn is_v4(addr: &Words) -> bool {
 /// Gives the packet a link header, or its link header these addresses.
 #[inline(always)]
 fn ethernet(Scene { skb, l2, .. }: Scene<'_>, to: &[u8; 6], from: &[u8; 6]) -> Result<(), Refused> {
-    if l2 == 0 {
-        skb.change_head(ETH_LEN)?;
-        let kind = if skb.protocol() == ETH_P_IP { ETH_P_IP } else { ETH_P_IPV6 };
-        skb.store(12, &kind.to_be())?;
-    }
     let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (*to, *from);
-    skb.store(0, &[a, b, c, d, e, f, g, h, i, j, k, l])
+    if l2 != 0 {
+        return skb.store(0, &[a, b, c, d, e, f, g, h, i, j, k, l]);
+    }
+    skb.change_head(ETH_LEN)?;
+    let kind = if skb.protocol() == ETH_P_IP { ETH_P_IP } else { ETH_P_IPV6 };
+    let [m, n] = kind.to_be_bytes();
+    skb.store(0, &[a, b, c, d, e, f, g, h, i, j, k, l, m, n])
 }
 
 #[inline(always)]
 fn take_one_from_ttl(skb: Skb, l2: u32) -> Result<(), Refused> {
     if skb.protocol() == ETH_P_IP {
-        let word: u16 = skb.load(l2 + 8).ok_or(Refused)?;
+        let [word, sum]: [u16; 2] = skb.load(l2 + 8).ok_or(Refused)?;
         let less = u16::from_be(word).wrapping_sub(0x100).to_be();
-        skb.replace_l3(l2 + 10, word, less)?;
-        skb.store(l2 + 8, &less)
+        skb.store(l2 + 8, &[less, replaced(sum, word, less)])
     } else {
         let limit: u8 = skb.load(l2 + 7).ok_or(Refused)?;
         skb.store_recomputed(l2 + 7, &limit.wrapping_sub(1))
     }
+}
+
+/// The header's checksum after a word of it was replaced (RFC 1624, equation 3). The sum of the whole stays, so what a device
+/// has summed up stays right.
+#[inline(always)]
+fn replaced(sum: u16, from: u16, to: u16) -> u16 {
+    let sum = u32::from(!sum) + u32::from(!from) + u32::from(to);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    !((sum & 0xffff) + (sum >> 16)) as u16
 }
 
 /// Bytes of the helpers' key up to and with the local address.
@@ -213,22 +222,23 @@ const TTL: u8 = 64;
 
 #[inline(always)]
 fn set_key(skb: Skb, vni: u32, remote: &Words, local: &Words) -> Result<(), Refused> {
-    // SAFETY: integers, for which zeros are valid.
-    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
-    key.tunnel_id = vni;
-    key.tunnel_ttl = TTL;
-    let mut flags = BPF_F_DONT_FRAGMENT;
-    if is_v4(remote) {
-        key.__bindgen_anon_1.remote_ipv4 = u32::from_be(remote[3]);
-        key.__bindgen_anon_3.local_ipv4 = u32::from_be(local[3]);
-        // As Linux does by default: the inner packet has its own checksums.
-        flags |= BPF_F_ZERO_CSUM_TX;
+    // As Linux does by default with IPv4, no outer checksum: the inner packet has its own.
+    let (flags, remote, local) = if is_v4(remote) {
+        (BPF_F_DONT_FRAGMENT | BPF_F_ZERO_CSUM_TX, ipv4(remote), ipv4(local))
     } else {
-        key.__bindgen_anon_1.remote_ipv6 = *remote;
-        key.__bindgen_anon_3.local_ipv6 = *local;
-        flags |= BPF_F_TUNINFO_IPV6;
-    }
-    // SAFETY: the helper reads the key.
-    let code = unsafe { helpers::bpf_skb_set_tunnel_key(skb.0, &raw mut key, KEY_LEN, u64::from(flags)) };
+        (BPF_F_DONT_FRAGMENT | BPF_F_TUNINFO_IPV6, *remote, *local)
+    };
+    let ([a, b, c, d], [e, f, g, h]) = (remote, local);
+    // `bpf_tunnel_key`, word by word: to zero it first is a loop over its bytes.
+    let mut key = [vni, a, b, c, d, u32::from_ne_bytes([0, TTL, 0, 0]), 0, e, f, g, h];
+    const { assert!(size_of::<bpf_tunnel_key>() == 11 * size_of::<u32>()) };
+    // SAFETY: the helper reads the key, which is as long and as aligned.
+    let code = unsafe { helpers::bpf_skb_set_tunnel_key(skb.0, (&raw mut key).cast(), KEY_LEN, u64::from(flags)) };
     if code == 0 { Ok(()) } else { Err(Refused) }
+}
+
+/// An IPv4 address as the helpers' key has it: in host order, in the first of four words.
+#[inline(always)]
+fn ipv4(addr: &Words) -> Words {
+    [u32::from_be(addr[3]), 0, 0, 0]
 }

@@ -78,15 +78,8 @@ impl Skb {
         ok(unsafe { helpers::bpf_skb_store_bytes(self.0.cast(), offset, value, size_of::<T>() as u32, flags) })
     }
 
-    /// Replaces a 16-bit word that the IPv4 header checksum at `offset` covers.
-    #[inline(always)]
-    pub fn replace_l3(self, offset: u32, from: u16, to: u16) -> Result<(), Refused> {
-        // SAFETY: takes no memory.
-        ok(unsafe { helpers::bpf_l3_csum_replace(self.0.cast(), offset, u64::from(from), u64::from(to), 2) })
-    }
-
-    /// As [`Skb::replace_l3`] for a transport checksum. `size` 0: `to` is the difference of two sums. One that the kernel
-    /// has still to fill in (CHECKSUM_PARTIAL) stays as it is.
+    /// Replaces what the transport checksum at `offset` covers. `size` 0: `to` is the difference of two sums. One that the
+    /// kernel has still to fill in (CHECKSUM_PARTIAL) stays as it is.
     #[inline(always)]
     pub fn replace_l4(self, offset: u32, from: u64, to: u64, flags: u32) -> Result<(), Refused> {
         // SAFETY: takes no memory.
