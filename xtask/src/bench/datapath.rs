@@ -55,7 +55,7 @@ const SHAPES: [Shape; 2] = [
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// How often each is measured.
-    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// How long the streams of each run in a round.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
