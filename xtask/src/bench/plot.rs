@@ -75,8 +75,8 @@ namespaces of one machine, the tunnels are Carrick's userspace WireGuard. What h
 `cargo xtask bench datapath`, {rounds} rounds, on {machine}.
 
 The same pods, nodes and tunnels twice: once with Carrick's hop and programs, once with its agents gone, its programs
-detached, and kernel routes (`ip route`) leading packets the same way. Both stand side by side and are measured in turns,
-round trips on one processor; ratio and added time are medians of the rounds' own. *Worker to worker* is pod, worker, gateway,
+detached, and kernel routes (`ip route`) leading packets the same way. Both stand side by side and are measured in short
+turns, TCP (cubic) on all processors, round trips on one; ratio and added time are medians of the rounds' own. *Worker to worker* is pod, worker, gateway,
 tunnel, gateway, worker, pod: two hops each way, and each is VXLAN, whose own share of a round trip is measured beside them.
 
 ![Ratios, added time and cost](datapath.svg)
