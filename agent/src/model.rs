@@ -18,7 +18,7 @@ use crate::{
     names::{Device, Interface, MemberId, Ordinal, Table},
     reconcile::{Kernel, Reading},
     state::{
-        Attachment, Config, Entry, Family, Home, Hop, Key, Link, Lookups, Maps, Merges, Nft, Node, Op, Peer, Program,
+        Attachment, Config, Entry, Family, Home, Hop, Key, Link, Lookups, Maps, Nft, Node, Op, Peer, Program,
         Remote, Route, Rule, State, WireGuard,
     },
 };
@@ -118,7 +118,7 @@ pub(crate) fn apply(state: &mut State, op: &Op) -> Option<()> {
 }
 
 const NEW_LINK: Link =
-    Link { mtu: 1500, up: false, bare: false, forwarding: false, rp_filter: 1, merges: Merges::Streams };
+    Link { mtu: 1500, up: false, bare: false, forwarding: false, rp_filter: 1, gro: true };
 
 /// `None` if there was none.
 fn del_link(state: &mut State, interface: Interface) -> Option<()> {
@@ -197,14 +197,13 @@ fn some_prefix() -> impl Strategy<Value = IpNetwork> {
 
 fn link() -> impl Strategy<Value = Link> {
     let mtu = sample::select(vec![1280, 1420]);
-    let merges = sample::select(vec![Merges::Nothing, Merges::Streams, Merges::Everything]);
-    (mtu, any::<[bool; 3]>(), 0..3u8, merges).prop_map(|(mtu, [up, bare, forwarding], rp_filter, merges)| Link {
+    (mtu, any::<[bool; 4]>(), 0..3u8).prop_map(|(mtu, [up, bare, forwarding, gro], rp_filter)| Link {
         mtu,
         up,
         bare,
         forwarding,
         rp_filter,
-        merges,
+        gro,
     })
 }
 

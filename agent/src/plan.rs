@@ -24,7 +24,7 @@ use crate::{
     intent::{Gateway, Host, Intent, Kind, Member, Node, Reason, Rejection},
     keys::PublicKey,
     names::{Device, HOP, Interface, MemberId, MemberName, Ordinal, Table},
-    state::{Attachment, Family, Hop, Link, Lookups, MIN_MTU_V6, Merges, Nft, Program, Route, Rule, State},
+    state::{Attachment, Family, Hop, Link, Lookups, MIN_MTU_V6, Nft, Program, Route, Rule, State},
 };
 
 /// What WireGuard adds to a packet over IPv6: 40 IPv6 + 8 UDP + 32 WireGuard, in bytes.
@@ -91,13 +91,13 @@ fn join(state: &mut State, here: Here<'_>, carved: &BTreeMap<IpAddr, MemberId>, 
         wireguard::add(state, here, (slot, gateway), rejected);
     }
     state.hop = Some(Hop { port: facts.ports.hop, sources: facts.ports.hop_sources });
-    // What comes over the hop was merged by the native device already, or before it was sent: to try again costs a worker's pods
-    // more than it saves them. A gateway has UDP to gain, which no native device merges: many packets are one write to the tunnel.
-    let merges = if here.slot.is_some() { Merges::Everything } else { Merges::Nothing };
     // The loose filter refuses every source that is reached by another device, if the device itself has no address
     // (net/ipv4/fib_frontend.c `__fib_validate_source`): a gateway could not tell a pod that a packet's TTL has run out.
     // `from_hop` checks sources.
-    let link = Link { rp_filter: 0, merges, ..Link::ours(here.hop_mtu().into()) };
+    //
+    // What comes over the hop was merged by the native device already, or before it was sent: to try again costs a tenth of a
+    // stream.
+    let link = Link { rp_filter: 0, gro: false, ..Link::ours(here.hop_mtu().into()) };
     state.links.insert(Interface::Hop, link);
     state.overlay.insert(here.overlay());
     if here.other_nodes().next().is_some() && facts.hop_ids.is_empty() {

@@ -207,23 +207,14 @@ pub struct Link {
     pub forwarding: bool,
     /// `net.ipv4.conf.DEVICE.rp_filter`: 0, 1 (strict) or 2 (loose).
     pub rp_filter: u8,
-    pub merges: Merges,
-}
-
-/// What a link merges of what it receives, before anybody else sees it (GRO).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Merges {
-    Nothing,
-    /// TCP, and UDP for sockets that ask for it: how the kernel makes a link.
-    Streams,
-    /// UDP that is forwarded, too.
-    Everything,
+    /// What is received is merged before anybody else sees it (`ethtool -K DEVICE gro`): how the kernel makes a link.
+    pub gro: bool,
 }
 
 impl Link {
     /// A link as we want it.
     pub fn ours(mtu: u32) -> Link {
-        Link { mtu, up: true, bare: true, forwarding: true, rp_filter: 2, merges: Merges::Streams }
+        Link { mtu, up: true, bare: true, forwarding: true, rp_filter: 2, gro: true }
     }
 }
 

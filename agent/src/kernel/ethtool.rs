@@ -9,8 +9,6 @@ use super::ifreq;
 
 /// What is received is merged.
 pub(super) const GRO: &str = "rx-gro";
-/// UDP that is forwarded stays merged.
-pub(super) const UDP_GRO_FORWARDING: &str = "rx-udp-gro-forwarding";
 /// The device itself cuts what is inside of VXLAN.
 pub(super) const TUNNEL_SEGMENTATION: &str = "tx-udp_tnl-segmentation";
 
@@ -96,14 +94,14 @@ mod tests {
     fn a_feature_is_what_was_set() {
         in_netns(|| async {
             sh("ip link add veth0 type veth peer name veth1");
-            let ethtool =
-                |on: bool| sh(&format!("ethtool -K veth0 {UDP_GRO_FORWARDING} {}", if on { "on" } else { "off" }));
+            let ethtool = |on: bool| sh(&format!("ethtool -K veth0 gro {}", if on { "on" } else { "off" }));
+            let other = is_on("veth1", GRO).unwrap();
             for on in [true, false] {
-                turn("veth0", UDP_GRO_FORWARDING, on).unwrap();
-                assert_eq!(is_on("veth0", UDP_GRO_FORWARDING).unwrap(), on);
-                assert!(!is_on("veth1", UDP_GRO_FORWARDING).unwrap());
+                turn("veth0", GRO, on).unwrap();
+                assert_eq!(is_on("veth0", GRO).unwrap(), on);
+                assert_eq!(is_on("veth1", GRO).unwrap(), other);
                 ethtool(!on);
-                assert_eq!(is_on("veth0", UDP_GRO_FORWARDING).unwrap(), !on);
+                assert_eq!(is_on("veth0", GRO).unwrap(), !on);
             }
         });
     }
@@ -116,7 +114,7 @@ mod tests {
             assert_eq!(kind(turn("veth0", "no-such-feature", true)), io::ErrorKind::Unsupported);
             assert_eq!(kind(turn("veth0", "tx-gso-robust", true)), io::ErrorKind::Unsupported);
             assert!(!is_on("veth0", "no-such-feature").unwrap());
-            assert_eq!(is_on("none", UDP_GRO_FORWARDING).unwrap_err().raw_os_error(), Some(libc::ENODEV));
+            assert_eq!(is_on("none", GRO).unwrap_err().raw_os_error(), Some(libc::ENODEV));
             assert_eq!(kind(turn("a-name-that-is-too-long", TUNNEL_SEGMENTATION, true)), io::ErrorKind::InvalidInput);
         });
     }

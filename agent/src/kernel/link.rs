@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     names::Interface,
-    state::{Hop, Link, Merges},
+    state::{Hop, Link},
 };
 
 // include/uapi/linux/if_link.h, include/uapi/linux/ip.h
@@ -53,8 +53,8 @@ pub(super) async fn read(rtnl: &Rtnl, addresses: &[AddressMessage]) -> io::Resul
     let mut found = Links::default();
     for interface in Interface::all() {
         let Some(mut seen) = find(rtnl, interface).await? else { continue };
-        match merges(&interface.to_string()) {
-            Ok(merges) => seen.link.merges = merges,
+        match ethtool::is_on(&interface.to_string(), ethtool::GRO) {
+            Ok(on) => seen.link.gro = on,
             Err(error) if is(&error, &[libc::ENODEV]) => continue,
             Err(error) => return Err(error),
         }
@@ -65,14 +65,6 @@ pub(super) async fn read(rtnl: &Rtnl, addresses: &[AddressMessage]) -> io::Resul
         found.links.insert(interface, seen.link);
     }
     Ok(found)
-}
-
-fn merges(device: &str) -> io::Result<Merges> {
-    Ok(match (ethtool::is_on(device, ethtool::GRO)?, ethtool::is_on(device, ethtool::UDP_GRO_FORWARDING)?) {
-        (false, _) => Merges::Nothing,
-        (true, false) => Merges::Streams,
-        (true, true) => Merges::Everything,
-    })
 }
 
 /// The index of an existing link.
@@ -95,8 +87,7 @@ pub(super) async fn set(rtnl: &Rtnl, interface: Interface, link: &Link) -> io::R
     message.header.index = seen.index;
     message.attributes = vec![LinkAttribute::Mtu(link.mtu), LinkAttribute::AfSpecUnspec(families)];
     rtnl.change(RouteNetlinkMessage::SetLink(message), 0).await?;
-    ethtool::turn(&interface.to_string(), ethtool::UDP_GRO_FORWARDING, link.merges == Merges::Everything)?;
-    ethtool::turn(&interface.to_string(), ethtool::GRO, link.merges != Merges::Nothing)?;
+    ethtool::turn(&interface.to_string(), ethtool::GRO, link.gro)?;
 
     let addresses = addresses(rtnl).await?.into_iter().filter(|address| address.header.index == seen.index);
     let mut had_addresses = false;
@@ -177,7 +168,7 @@ fn seen(message: &LinkMessage) -> Seen {
         bare: true,
         forwarding: false,
         rp_filter: 0,
-        merges: Merges::Streams,
+        gro: true,
     };
     link.up = message.header.flags.contains(LinkFlags::Up);
     let mut ipv6 = false;
