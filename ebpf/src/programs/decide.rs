@@ -2,7 +2,7 @@
 //!
 //! Invariant: a decision changes neither packet nor skb; besides its [`Verdict`] it only notes that a member has traffic.
 
-use ebpf::{Config, IDLE_NS, NO_SLOT, Reason, Remote, SLOTS, TRAFFIC_NS, choose, flow, known, probe, remote, sent};
+use ebpf::{Config, IDLE_NS, NO_SLOT, Reason, Remote, SLOTS, TRAFFIC_NS, choose, known, probe, remote, sent};
 
 use super::{
     maps::{self, NONE, Words, words},
@@ -88,7 +88,8 @@ pub fn steer(skb: Skb, config: &Config) -> Decision {
     if is_our_tunnel(skb, config, packet) {
         return Err(Reason::Loop);
     }
-    let place = maps::place(&packet.source, &packet.destination);
+    let flow = packet.flow();
+    let place = maps::place(flow);
     let member = match place.known(&packet.source, &packet.destination) {
         Some(known) if known.kind == known::TO_MEMBER && words(&known.node) == NONE => known.member,
         _ => match maps::remote(&packet.destination) {
@@ -101,7 +102,7 @@ pub fn steer(skb: Skb, config: &Config) -> Decision {
             _ => return Err(Reason::NotRemote),
         },
     };
-    to_member(skb, config, packet, member, Hops::Any)
+    to_member(skb, config, packet, flow, member, Hops::Any)
 }
 
 /// Egress of a native device.
@@ -115,7 +116,7 @@ pub fn steer_native(skb: Skb, config: &Config, packet: &Packet) -> Decision {
     match maps::remote(&packet.destination) {
         Some(Remote { kind: remote::RANGE, .. }) if is_our_tunnel(skb, config, packet) => Err(Reason::Loop),
         Some(Remote { member, kind: remote::RANGE, .. }) => {
-            to_member(skb, config, packet, offered(packet, *member)?, Hops::Any)
+            to_member(skb, config, packet, packet.flow(), offered(packet, *member)?, Hops::Any)
         }
         Some(Remote { kind: remote::OVERLAY, .. }) => Err(Reason::NotForOverlay),
         _ => Ok(Verdict::of(Kind::Next, 0)),
@@ -129,7 +130,8 @@ pub fn from_hop(skb: Skb, config: &Config, key: &Key) -> Decision {
         return Err(Reason::HopUnauthenticated);
     }
     let packet = &Packet::parse(skb, ETH_LEN)?;
-    let place = maps::place(&packet.source, &packet.destination);
+    let flow = packet.flow();
+    let place = maps::place(flow);
     let (kind, member) = match place.known(&packet.source, &packet.destination) {
         Some(known) if words(&known.node) == key.remote && known.kind != known::FROM_PEER => (known.kind, known.member),
         _ => {
@@ -144,7 +146,7 @@ pub fn from_hop(skb: Skb, config: &Config, key: &Key) -> Decision {
     if kind == known::TO_HERE {
         return Ok(Verdict::of(Kind::Stack, 0));
     }
-    let verdict = to_member(skb, config, packet, member, Hops::Last)?;
+    let verdict = to_member(skb, config, packet, flow, member, Hops::Last)?;
     let expires = packet.ttl <= 1 && verdict.kind == Kind::Device;
     Ok(if expires { Verdict::of(Kind::Stack, 0) } else { verdict })
 }
@@ -189,7 +191,7 @@ fn lives_here(packet: &Packet) -> bool {
 #[inline(always)]
 pub fn from_peer(skb: Skb, config: &Config, l2: u32) -> Decision {
     let packet = &Packet::parse(skb, l2)?;
-    let place = maps::place(&packet.source, &packet.destination);
+    let place = maps::place(packet.flow());
     let home = match place.known(&packet.source, &packet.destination) {
         Some(known) if known.kind == known::FROM_PEER => words(&known.node),
         _ => {
@@ -242,7 +244,7 @@ fn offered(packet: &Packet, member: u16) -> Result<u16, Reason> {
 
 /// Steers what is for a member, from a source that is offered to it.
 #[inline(always)]
-fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, hops: Hops) -> Decision {
+fn to_member(skb: Skb, config: &Config, packet: &Packet, flow: u32, member: u16, hops: Hops) -> Decision {
     let reach = maps::health(member);
     let limit = u32::from(if reach.mtu == 0 { config.mtu } else { reach.mtu });
     let wire = packet.on_wire(skb);
@@ -256,12 +258,12 @@ fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, hops: Hops
     let links = if hop && reach.links == 0 { reach.kept } else { reach.links };
     if config.slot != NO_SLOT
         && (hop || others == 0 || maps::is_probed())
-        && let Some(slot) = chosen(packet, links)
+        && let Some(slot) = choose(flow, links)
     {
         let first = if hop { sent::FOR_NODES } else { sent::DEVICE };
         return Ok(device(config, slot)?.as_hop(hop).counted(first + u32::from(slot), wire));
     }
-    match chosen(packet, others) {
+    match choose(flow, others) {
         Some(slot) if hops == Hops::Any => Ok(gateway(config, slot)?.counted(sent::HOP + u32::from(slot), wire)),
         _ => Err(Reason::NoGateway),
     }
@@ -274,14 +276,6 @@ fn is_our_tunnel(skb: Skb, config: &Config, packet: &Packet) -> bool {
     let first = config.wireguard_port;
     let ports = first..=first.saturating_add(u16::from(SLOTS - 1));
     skb.ingress_ifindex() == 0 && packet.udp_ports(skb).is_some_and(|(from, _)| ports.contains(&from))
-}
-
-/// As [`choose`]. Where one slot or none is healthy the flow makes no difference, and is not computed.
-#[inline(always)]
-fn chosen(packet: &Packet, healthy: u8) -> Option<u8> {
-    let several = healthy & healthy.wrapping_sub(1) != 0;
-    let flow = if several { flow(&packet.source, &packet.destination, packet.protocol) } else { 0 };
-    choose(flow, healthy)
 }
 
 /// A probe of this node's own, to exactly the slot that it names. Health is not asked: probes are how it is known.

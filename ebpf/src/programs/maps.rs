@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use ebpf::{
     Addr, Answer, CLAIM_NS, Config, Count, Home, Known, MAX_MEMBER_ID, Node, Offered, Reach, Reason, Remote, Wake,
-    capacity, flow, sent,
+    capacity, sent,
 };
 
 /// An address as four words, each as it lies in memory: comparing and copying bytes costs four times the instructions.
@@ -89,7 +89,7 @@ pub fn is_offered(addr: &Words, member: u16) -> bool {
     offered.members[usize::from(member >> 6) & 63] & (1 << (member & 63)) != 0
 }
 
-/// The place in `KNOWN` of a pair of addresses, or null, and the tables' version as of now. All of it is always set, as in
+/// The place in `KNOWN` of a flow's addresses, or null, and the tables' version as of now. All of it is always set, as in
 /// [`Verdict`](super::decide::Verdict).
 #[derive(Clone, Copy)]
 pub struct Place {
@@ -98,9 +98,9 @@ pub struct Place {
 }
 
 #[inline(always)]
-pub fn place(source: &Words, destination: &Words) -> Place {
+pub fn place(flow: u32) -> Place {
     let version = VERSION.get(0).copied().unwrap_or(0);
-    let entry = KNOWN.get_ptr_mut(flow(source, destination, 0) & (capacity::KNOWN - 1));
+    let entry = KNOWN.get_ptr_mut(flow & (capacity::KNOWN - 1));
     Place { version, entry: entry.unwrap_or(core::ptr::null_mut()) }
 }
 

@@ -3,7 +3,7 @@
 //! Invariant: in a [`Packet`] the headers up to the transport header lie within the packet, the version is the link's, and
 //! an IPv6 packet has no address that would read as an IPv4 one in the maps.
 
-use ebpf::{MAX_EXTENSIONS, Reason};
+use ebpf::{MAX_EXTENSIONS, Reason, flow};
 
 use super::{
     maps::{V4_MARK, Words},
@@ -133,6 +133,12 @@ impl Packet {
             }
         }
         Ok(())
+    }
+
+    /// What gateways are chosen by.
+    #[inline(always)]
+    pub fn flow(&self) -> u32 {
+        flow(&self.source, &self.destination, self.protocol)
     }
 
     /// Source and destination port of UDP, unless this part has none.
