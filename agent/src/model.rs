@@ -18,8 +18,8 @@ use crate::{
     names::{Device, Interface, MemberId, Ordinal, Table},
     reconcile::{Kernel, Reading},
     state::{
-        Attachment, Config, Entry, Family, Home, Hop, Key, Link, Lookups, Maps, Nft, Node, Op, Peer, Program,
-        Remote, Route, Rule, State, WireGuard,
+        Attachment, Config, Entry, Family, Home, Hop, Key, Link, Lookups, Maps, Nft, Node, Op, Peer, Program, Remote,
+        Route, Rule, State, WireGuard,
     },
 };
 
@@ -117,8 +117,7 @@ pub(crate) fn apply(state: &mut State, op: &Op) -> Option<()> {
     Some(())
 }
 
-const NEW_LINK: Link =
-    Link { mtu: 1500, up: false, bare: false, forwarding: false, rp_filter: 1, gro: true };
+const NEW_LINK: Link = Link { mtu: 1500, up: false, bare: false, forwarding: false, rp_filter: 1, gro: true };
 
 /// `None` if there was none.
 fn del_link(state: &mut State, interface: Interface) -> Option<()> {

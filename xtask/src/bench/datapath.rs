@@ -1,8 +1,9 @@
 //! The data plane beside the same tunnels with plain routes: throughput and round trips, in turns; and what a packet
 //! costs in `steer`.
 //!
-//! Both stand side by side for a whole run, and take short turns in each round, round trips on one processor, so that a
-//! slow second of the machine hits both. What is compared are the medians of the rounds' own ratios and differences.
+//! Both stand side by side and take short turns in each round, round trips on one processor, so that a slow second of the
+//! machine hits both. After a few rounds both are built anew. What is compared are the medians of the rounds' own ratios and
+//! differences.
 
 use std::{path::Path, time::Duration};
 
@@ -29,6 +30,9 @@ const PORT: u16 = 5201;
 const CONGESTION_CONTROL: &str = "cubic";
 /// How long the streams of one run before those of the other: the speed of a virtual machine changes within seconds.
 const TURN: Duration = Duration::from_millis(500);
+/// Rounds before both are built anew: where a build's memory and threads happened to come to lie is in all of its rounds, and
+/// moves their ratio by 0.03.
+const BUILD: usize = 5;
 /// Round trips of each kind in each round, after as many again / 10 that are not counted.
 const ROUND_TRIPS: usize = 2000;
 /// Of the traffic that shows the way: how long, and how many packets at least.
@@ -55,7 +59,7 @@ const SHAPES: [Shape; 2] = [
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// How often each is measured.
-    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// How long the streams of each run in a round.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
@@ -107,6 +111,17 @@ struct Rounds {
 
 fn measure(shape: &Shape, kinds: &[Kind], args: &Args, carrick: &Path) -> Result<Vec<Measured>> {
     let _one = matches!(kinds, [Kind::RoundTrip]).then(OnOne::new).transpose()?;
+    let mut all: Vec<Rounds> = kinds.iter().map(|&kind| Rounds { kind, pairs: Vec::new() }).collect();
+    for first in (1..=args.rounds).step_by(BUILD) {
+        build(shape, carrick, |ours, plain| {
+            all.iter_mut().try_for_each(|rounds| take_turns(shape, first, args, [ours, plain], rounds))
+        })?;
+    }
+    Ok(all.iter().flat_map(|rounds| results(shape.name, rounds)).collect())
+}
+
+/// Both, while `work` is at it.
+fn build(shape: &Shape, carrick: &Path, work: impl FnOnce(&Joined, &Joined) -> Result<()>) -> Result<()> {
     let members = Member::pair_of_three(Cni::Bridge).map(|member| Member {
         nodes: shape.nodes,
         gateways: shape.gateways,
@@ -125,36 +140,33 @@ fn measure(shape: &Shape, kinds: &[Kind], args: &Args, carrick: &Path) -> Result
         joined.wait_reached(from, to)?;
     }
     plain::strip(&plain)?;
-    let result = take_turns(shape, kinds, args, &ours, &plain);
+    let result = work(&ours, &plain);
     if result.is_err() {
         ours.lab.show_logs();
     }
-    Ok(result?.iter().flat_map(|rounds| results(shape.name, rounds)).collect())
+    result
 }
 
-fn take_turns(shape: &Shape, kinds: &[Kind], args: &Args, ours: &Joined, other: &Joined) -> Result<Vec<Rounds>> {
-    let mut all = Vec::new();
-    for &kind in kinds {
-        let ways = ways(ours, kind)?;
-        plain::lead(other, ways)?;
-        let [from, to] = pods(other)?;
-        other.wait_reached(from, to)?;
-        let mut pairs = Vec::new();
-        for round in 1..=args.rounds {
-            // Who comes first changes, lest it matter.
-            let time = Duration::from_secs(args.seconds);
-            let pair = if round % 2 == 1 {
-                both([ours, other], kind, time)?
-            } else {
-                let [plain, ours] = both([other, ours], kind, time)?;
-                [ours, plain]
-            };
-            eprintln!("{}, round {round} of {}: {}", shape.name, args.rounds, kind.show(pair));
-            pairs.push(pair);
-        }
-        all.push(Rounds { kind, pairs });
+/// The rounds of one build, from `first` on.
+fn take_turns(shape: &Shape, first: u32, args: &Args, joined: [&Joined; 2], rounds: &mut Rounds) -> Result<()> {
+    let [ours, other] = joined;
+    let kind = rounds.kind;
+    plain::lead(other, ways(ours, kind)?)?;
+    let [from, to] = pods(other)?;
+    other.wait_reached(from, to)?;
+    for round in (first..=args.rounds).take(BUILD) {
+        // Who comes first changes, lest it matter.
+        let time = Duration::from_secs(args.seconds);
+        let pair = if round % 2 == 1 {
+            both([ours, other], kind, time)?
+        } else {
+            let [plain, ours] = both([other, ours], kind, time)?;
+            [ours, plain]
+        };
+        eprintln!("{}, round {round} of {}: {}", shape.name, args.rounds, kind.show(pair));
+        rounds.pairs.push(pair);
     }
-    Ok(all)
+    Ok(())
 }
 
 /// The first pods of the last nodes.

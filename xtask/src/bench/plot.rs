@@ -76,8 +76,9 @@ namespaces of one machine, the tunnels are Carrick's userspace WireGuard. What h
 
 The same pods, nodes and tunnels twice: once with Carrick's hop and programs, once with its agents gone, its programs
 detached, and kernel routes (`ip route`) leading packets the same way. Both stand side by side and are measured in short
-turns, TCP (cubic) on all processors, round trips on one; ratio and added time are medians of the rounds' own. *Worker to worker* is pod, worker, gateway,
-tunnel, gateway, worker, pod: two hops each way, and each is VXLAN, whose own share of a round trip is measured beside them.
+turns, TCP (cubic) on all processors, round trips on one; now and then both are built anew. Ratio and added time are medians
+of the rounds' own. *Worker to worker* is pod, worker, gateway, tunnel, gateway, worker, pod: two hops each way, and each is
+VXLAN, whose own share of a round trip is measured beside them.
 
 ![Ratios, added time and cost](datapath.svg)
 
