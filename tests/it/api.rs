@@ -1,7 +1,8 @@
 //! A real API server with the chart in it, once on etcd and once on kine: what it accepts, whom it lets do what, and what the
 //! agent makes of it when it reads its objects there.
 //!
-//! Each store has one world ([`world`]), which its tests have one after the other: a server takes seconds to start.
+//! Each store has one world ([`world`]), which its tests have one after the other: a server takes seconds to start. Stores
+//! come last in the tests' names, so that two at a time are of two stores.
 
 mod agents;
 mod chart;
@@ -22,15 +23,15 @@ macro_rules! on_both_stores {
     ($($module:ident::$test:ident,)*) => {
         const TESTS: usize = [$(stringify!($test)),*].len();
 
-        on_both_stores!(@ etcd Etcd, $($module::$test,)*);
-        on_both_stores!(@ kine Kine, $($module::$test,)*);
+        $(mod $test {
+            on_both_stores!(@ etcd Etcd, $module::$test);
+            on_both_stores!(@ kine Kine, $module::$test);
+        })*
     };
-    (@ $name:ident $store:ident, $($module:ident::$test:ident,)*) => {
-        mod $name {
-            $(#[test]
-            fn $test() {
-                super::world::on(lab::apiserver::Store::$store, super::TESTS, super::$module::$test);
-            })*
+    (@ $name:ident $store:ident, $module:ident::$test:ident) => {
+        #[test]
+        fn $name() {
+            super::world::on(lab::apiserver::Store::$store, super::TESTS, super::$module::$test);
         }
     };
 }

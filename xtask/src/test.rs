@@ -82,15 +82,24 @@ fn chart() -> anyhow::Result<process::Ended> {
 }
 
 /// All tests. Those of the lab run as fast as what ships, and find it by `CARRICK_BIN`; one after the other, so that the
-/// packets that they count are not lost to each other.
+/// packets that they count are not lost to each other. Those of an API server mostly wait, and run two at a time.
 fn test() -> anyhow::Result<process::Ended> {
-    let unit = cargo("test", &["test", "--locked", "--workspace", "--exclude", "tests", "--no-fail-fast"])?;
+    let units = cargo("test", &["test", "--locked", "--workspace", "--exclude", "tests", "--no-fail-fast"])?;
+    let servers = lab_tests("test, API servers", &["api::", "--test-threads", "2"])?;
+    let others = lab_tests("test, the lab", &["--skip", "api::", "--test-threads", "1"])?;
+    let all = [units, servers, others];
+    Ok(process::Ended {
+        success: all.iter().all(|ended| ended.success),
+        output: all.map(|ended| ended.output).concat(),
+    })
+}
+
+/// The tests of the package `tests` that these arguments of the test harness choose.
+fn lab_tests(what: &str, choice: &[&str]) -> anyhow::Result<process::Ended> {
     let mut command = workspace::cargo();
-    command.args(["test", "--release", "--locked", "--package", "tests", "--no-fail-fast"]);
-    command.args(["--", "--test-threads", "1"]);
+    command.args(["test", "--release", "--locked", "--package", "tests", "--no-fail-fast", "--"]).args(choice);
     name_programs(&mut command, &workspace::carrick_path()?)?;
-    let lab = process::run("test, the lab", &mut command)?;
-    Ok(process::Ended { success: unit.success && lab.success, output: unit.output + &lab.output })
+    process::run(what, &mut command)
 }
 
 /// The programs that the package `tests` runs on an API server, and the variables by which it finds them.
