@@ -95,8 +95,8 @@ fn join(state: &mut State, here: Here<'_>, carved: &BTreeMap<IpAddr, MemberId>, 
     // (net/ipv4/fib_frontend.c `__fib_validate_source`): a gateway could not tell a pod that a packet's TTL has run out.
     // `from_hop` checks sources.
     //
-    // What comes over the hop was merged by the native device already, or before it was sent: to try again costs a tenth of a
-    // stream.
+    // What comes over the hop was merged by the native device already, or before it was sent: to try again costs up to a
+    // tenth of a stream.
     let link = Link { rp_filter: 0, gro: false, ..Link::ours(here.hop_mtu().into()) };
     state.links.insert(Interface::Hop, link);
     state.overlay.insert(here.overlay());

@@ -84,10 +84,16 @@ fn chart() -> anyhow::Result<process::Ended> {
 /// All tests. Those of the lab run as fast as what ships, and find it by `CARRICK_BIN`; one after the other, so that the
 /// packets that they count are not lost to each other. Those of an API server mostly wait, and run two at a time.
 fn test() -> anyhow::Result<process::Ended> {
-    let units = cargo("test", &["test", "--locked", "--workspace", "--exclude", "tests", "--no-fail-fast"])?;
-    let servers = lab_tests("test, API servers", &["api::", "--test-threads", "2"])?;
-    let others = lab_tests("test, the lab", &["--skip", "api::", "--test-threads", "1"])?;
-    let all = [units, servers, others];
+    let carrick = workspace::carrick_path()?;
+    let mut servers = lab_tests(&["api::", "--test-threads", "2"]);
+    name_programs(&mut servers, &carrick)?;
+    let mut others = lab_tests(&["--skip", "api::", "--test-threads", "1"]);
+    others.env("CARRICK_BIN", &carrick);
+    let all = [
+        cargo("test", &["test", "--locked", "--workspace", "--exclude", "tests", "--no-fail-fast"])?,
+        process::run("test, API servers", &mut servers)?,
+        process::run("test, the lab", &mut others)?,
+    ];
     Ok(process::Ended {
         success: all.iter().all(|ended| ended.success),
         output: all.map(|ended| ended.output).concat(),
@@ -95,11 +101,10 @@ fn test() -> anyhow::Result<process::Ended> {
 }
 
 /// The tests of the package `tests` that these arguments of the test harness choose.
-fn lab_tests(what: &str, choice: &[&str]) -> anyhow::Result<process::Ended> {
+fn lab_tests(choice: &[&str]) -> Command {
     let mut command = workspace::cargo();
     command.args(["test", "--release", "--locked", "--package", "tests", "--no-fail-fast", "--"]).args(choice);
-    name_programs(&mut command, &workspace::carrick_path()?)?;
-    process::run(what, &mut command)
+    command
 }
 
 /// The programs that the package `tests` runs on an API server, and the variables by which it finds them.

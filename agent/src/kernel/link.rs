@@ -162,9 +162,8 @@ pub(super) fn mtu(link: &LinkMessage) -> Option<u32> {
 
 /// Neither addresses nor offloads are in the message: `bare` here is the address generation mode alone.
 fn seen(message: &LinkMessage) -> Seen {
-    let mut link =
-        Link { mtu: mtu(message).unwrap_or(0), up: false, bare: true, forwarding: false, rp_filter: 0, gro: true };
-    link.up = message.header.flags.contains(LinkFlags::Up);
+    let up = message.header.flags.contains(LinkFlags::Up);
+    let mut link = Link { mtu: mtu(message).unwrap_or(0), up, bare: true, forwarding: false, rp_filter: 0, gro: true };
     let mut ipv6 = false;
     let families = message.attributes.iter().filter_map(|a| match a {
         LinkAttribute::AfSpecUnspec(families) => Some(families),

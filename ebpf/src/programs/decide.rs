@@ -88,8 +88,7 @@ pub fn steer(skb: Skb, config: &Config) -> Decision {
     if is_our_tunnel(skb, config, packet) {
         return Err(Reason::Loop);
     }
-    let flow = packet.flow();
-    let place = maps::place(flow);
+    let place = maps::place(packet.flow());
     let member = match place.known(&packet.source, &packet.destination) {
         Some(known) if known.kind == known::TO_MEMBER && words(&known.node) == NONE => known.member,
         _ => match maps::remote(&packet.destination) {
@@ -102,7 +101,7 @@ pub fn steer(skb: Skb, config: &Config) -> Decision {
             _ => return Err(Reason::NotRemote),
         },
     };
-    to_member(skb, config, packet, flow, member, Hops::Any)
+    to_member(skb, config, packet, member, Hops::Any)
 }
 
 /// Egress of a native device.
@@ -116,7 +115,7 @@ pub fn steer_native(skb: Skb, config: &Config, packet: &Packet) -> Decision {
     match maps::remote(&packet.destination) {
         Some(Remote { kind: remote::RANGE, .. }) if is_our_tunnel(skb, config, packet) => Err(Reason::Loop),
         Some(Remote { member, kind: remote::RANGE, .. }) => {
-            to_member(skb, config, packet, packet.flow(), offered(packet, *member)?, Hops::Any)
+            to_member(skb, config, packet, offered(packet, *member)?, Hops::Any)
         }
         Some(Remote { kind: remote::OVERLAY, .. }) => Err(Reason::NotForOverlay),
         _ => Ok(Verdict::of(Kind::Next, 0)),
@@ -130,8 +129,7 @@ pub fn from_hop(skb: Skb, config: &Config, key: &Key) -> Decision {
         return Err(Reason::HopUnauthenticated);
     }
     let packet = &Packet::parse(skb, ETH_LEN)?;
-    let flow = packet.flow();
-    let place = maps::place(flow);
+    let place = maps::place(packet.flow());
     let (kind, member) = match place.known(&packet.source, &packet.destination) {
         Some(known) if words(&known.node) == key.remote && known.kind != known::FROM_PEER => (known.kind, known.member),
         _ => {
@@ -146,7 +144,7 @@ pub fn from_hop(skb: Skb, config: &Config, key: &Key) -> Decision {
     if kind == known::TO_HERE {
         return Ok(Verdict::of(Kind::Stack, 0));
     }
-    let verdict = to_member(skb, config, packet, flow, member, Hops::Last)?;
+    let verdict = to_member(skb, config, packet, member, Hops::Last)?;
     let expires = packet.ttl <= 1 && verdict.kind == Kind::Device;
     Ok(if expires { Verdict::of(Kind::Stack, 0) } else { verdict })
 }
@@ -244,7 +242,7 @@ fn offered(packet: &Packet, member: u16) -> Result<u16, Reason> {
 
 /// Steers what is for a member, from a source that is offered to it.
 #[inline(always)]
-fn to_member(skb: Skb, config: &Config, packet: &Packet, flow: u32, member: u16, hops: Hops) -> Decision {
+fn to_member(skb: Skb, config: &Config, packet: &Packet, member: u16, hops: Hops) -> Decision {
     let reach = maps::health(member);
     let limit = u32::from(if reach.mtu == 0 { config.mtu } else { reach.mtu });
     let wire = packet.on_wire(skb);
@@ -252,6 +250,7 @@ fn to_member(skb: Skb, config: &Config, packet: &Packet, flow: u32, member: u16,
         return Ok(Verdict::of(Kind::TooBig, limit));
     }
     note_traffic(member);
+    let flow = packet.flow();
     let hop = hops == Hops::Last;
     let own = if config.slot < SLOTS { 1 << config.slot } else { 0 };
     let others = reach.via & !own;

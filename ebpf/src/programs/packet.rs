@@ -135,7 +135,7 @@ impl Packet {
         Ok(())
     }
 
-    /// What gateways are chosen by.
+    /// What a gateway is chosen by, and where it is remembered what the tables say.
     #[inline(always)]
     pub fn flow(&self) -> u32 {
         flow(&self.source, &self.destination, self.protocol)
