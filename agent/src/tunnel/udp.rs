@@ -37,8 +37,11 @@ const MAX_SEGMENTS: usize = 64;
 const MAX_DATAGRAM: usize = 65_000;
 /// One read may return this much, bytes.
 const MAX_READ: usize = 65_535;
-/// What one round of reads may fill, bytes: three full reads, or over a hundred single packets.
-const ARENA: usize = 4 * MAX_READ;
+/// What one round of reads may fill, bytes.
+const ARENA: usize = 8 * MAX_READ;
+/// A round that has brought so many bytes ends where its sender paused. Inside a burst it would cut a packet that is
+/// joined again from the datagrams before and after it.
+const ENOUGH: usize = 3 * MAX_READ;
 
 /// WireGuard's header and authenticator, bytes.
 const SEALED: usize = 16 + 16;
@@ -202,10 +205,10 @@ impl Socket {
     /// Waits for a datagram, then takes what has come until the arena is full.
     pub(super) async fn recv(&self, arena: &mut Arena) -> io::Result<()> {
         arena.reset();
-        self.inner.async_io(Interest::READABLE, || arena.read(&self.inner)).await?;
-        while arena.has_room() {
-            match self.inner.try_io(Interest::READABLE, || arena.read(&self.inner)) {
-                Ok(()) => {}
+        let mut in_burst = self.inner.async_io(Interest::READABLE, || arena.read(&self.inner)).await?;
+        while arena.has_room(in_burst) {
+            in_burst = match self.inner.try_io(Interest::READABLE, || arena.read(&self.inner)) {
+                Ok(in_burst) => in_burst,
                 Err(err) if err.kind() == io::ErrorKind::WouldBlock => break,
                 Err(err) => return Err(err),
             }
@@ -282,8 +285,8 @@ impl Arena {
         Arena { start: free.split_to(0), free, control: nix::cmsg_space!(i32, libc::in6_pktinfo), packets: Vec::new() }
     }
 
-    fn has_room(&self) -> bool {
-        self.free.len() >= MAX_READ
+    fn has_room(&self, in_burst: bool) -> bool {
+        self.free.len() >= MAX_READ && (in_burst || ARENA - self.free.len() < ENOUGH)
     }
 
     fn reset(&mut self) {
@@ -301,7 +304,8 @@ impl Arena {
     }
 
     /// One `recvmsg`: one datagram, or several of one sender and one length that the kernel has joined.
-    fn read(&mut self, socket: &UdpSocket) -> io::Result<()> {
+    /// Returns whether it is as long as they get, so that more of the sender's burst may follow.
+    fn read(&mut self, socket: &UdpSocket) -> io::Result<bool> {
         let mut parts = [IoSliceMut::new(&mut self.free)];
         let flags = MsgFlags::MSG_DONTWAIT;
         let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut self.control), flags)?;
@@ -322,15 +326,16 @@ impl Arena {
                 _ => {}
             }
         }
-        let Some(peer) = from else { return Ok(()) };
+        let Some(peer) = from else { return Ok(false) };
         let from = Endpoint { peer, local: local.filter(is_global) };
         let mut joined = self.free.split_to(len);
         let segment = segment.unwrap_or(len);
+        let full = len + segment > MAX_DATAGRAM || len >= MAX_SEGMENTS * segment;
         while !joined.is_empty() {
             let packet = joined.split_to(segment.min(joined.len()));
             self.packets.push((packet, from));
         }
-        Ok(())
+        Ok(full)
     }
 }
 
@@ -379,6 +384,32 @@ mod tests {
                     received.push(to.recv(&mut [0; 2000]).await.unwrap());
                 }
                 assert_eq!(received, heard, "{ip}");
+            }
+        });
+    }
+
+    /// Frames of a TCP stream, each sealed to more than one datagram carries and sent before the next; needs root.
+    #[test]
+    fn a_round_of_reads_ends_between_two_bursts() {
+        const BURSTS: u8 = 40;
+        const PACKETS: usize = 47;
+        in_netns(|| async {
+            sh("ip link set lo up");
+            let (from, to) = (Socket::bind(0).unwrap(), Socket::bind(0).unwrap());
+            let at = Endpoint::from(SocketAddr::from((Ipv4Addr::LOCALHOST, to.inner.local_addr().unwrap().port())));
+            for burst in 0..BURSTS {
+                let packet = || (Packet::from_bytes(BytesMut::from(&[burst; 1440][..])), at);
+                from.send(&mut std::iter::repeat_with(packet).take(PACKETS).collect()).await;
+            }
+            let (mut arena, mut next) = (Arena::new(), 0);
+            while next < BURSTS {
+                to.recv(&mut arena).await.unwrap();
+                let received: Vec<u8> = arena.packets.iter().map(|(packet, _)| packet[0]).collect();
+                let whole = received.len() / PACKETS;
+                let expected: Vec<u8> = (next..).take(whole).flat_map(|burst| [burst; PACKETS]).collect();
+                assert!(whole > 0);
+                assert_eq!(received, expected);
+                next += whole as u8;
             }
         });
     }
