@@ -202,7 +202,7 @@ impl Socket {
         self.inner.async_io(Interest::WRITABLE, send).await.map(drop)
     }
 
-    /// Waits for a datagram, then takes what has come until the arena is full.
+    /// Waits for a datagram, then takes what has come, as long as the arena has room.
     pub(super) async fn recv(&self, arena: &mut Arena) -> io::Result<()> {
         arena.reset();
         let mut in_burst = self.inner.async_io(Interest::READABLE, || arena.read(&self.inner)).await?;
@@ -285,6 +285,7 @@ impl Arena {
         Arena { start: free.split_to(0), free, control: nix::cmsg_space!(i32, libc::in6_pktinfo), packets: Vec::new() }
     }
 
+    /// For one more read, of a burst that goes on or of another one.
     fn has_room(&self, in_burst: bool) -> bool {
         self.free.len() >= MAX_READ && (in_burst || ARENA - self.free.len() < ENOUGH)
     }
