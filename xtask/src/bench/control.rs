@@ -271,12 +271,12 @@ pub mod tests {
             change, worker, p50: 24.00 ms ok
             change, worker, p99: 30.00 ms ok
             change, worker, max: 30.00 ms
-            change, gateway, p50: 60.00 ms MISSED by 20 %
+            change, gateway, p50: 60.00 ms MISSED by 20.0 %
             change, gateway, p99: 480.00 ms ok
             change, gateway, max: 480.00 ms
             change, worker, over the plain watch, p50: 3.00 x
             change, gateway, over the plain watch, p50: 8.50 x
-            memory, gateway, resident: 44.00 MiB MISSED by 10 %
+            memory, gateway, resident: 44.00 MiB MISSED by 10.0 %
             memory, gateway, most ever resident: 50.00 MiB
             memory, gateway, proportional: 40.00 MiB
             memory, tunnel, resident: 50.00 MiB

@@ -266,12 +266,12 @@ fn results(shape: &str, Rounds { kind, pairs }: &Rounds) -> Vec<Measured> {
     };
     let both = |scale: f64, unit| {
         [("carrick", 0), ("plain routes", 1)].map(|(name, at)| {
-            Measured::new(&format!("{what}, {name}"), median(pairs.iter().map(|pair| pair[at])) / scale, unit)
+            Measured::of_rounds(&format!("{what}, {name}"), pairs.iter().map(|pair| pair[at] / scale), unit)
         })
     };
     let compared = |name: &str, unit, budget, compare: fn([f64; 2]) -> f64| Measured {
         budget: Some(budget),
-        ..Measured::new(&format!("{what}, {name}"), median(pairs.iter().copied().map(compare)), unit)
+        ..Measured::of_rounds(&format!("{what}, {name}"), pairs.iter().copied().map(compare), unit)
     };
     let (both, compared) = match kind {
         Kind::Tcp { .. } => (both(1e9, "Gb/s"), compared("ratio", "x", THROUGHPUT, |[ours, plain]| ours / plain)),
@@ -299,7 +299,8 @@ mod tests {
 
         let rounds = Rounds { kind: Kind::RoundTrip, pairs: vec![[110.0, 100.0], [208.0, 200.0], [120.0, 111.0]] };
         let found = results("a to b", &rounds);
-        assert_eq!(found[2], Measured { budget: Some(ADDED), ..Measured::new("a to b, round trip, added", 9.0, "us") });
+        let added = Measured::new("a to b, round trip, added", 9.0, "us");
+        assert_eq!(found[2], Measured { budget: Some(ADDED), middle_half: Some([8.0, 10.0]), ..added });
         assert!(found[2].ok());
     }
 }

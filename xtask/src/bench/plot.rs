@@ -76,9 +76,10 @@ namespaces of one machine, the tunnels are Carrick's userspace WireGuard. What h
 
 The same pods, nodes and tunnels twice: once with Carrick's hop and programs, once with its agents gone, its programs
 detached, and kernel routes (`ip route`) leading packets the same way. Both stand side by side and are measured in short
-turns, TCP (cubic) on all processors, round trips on one; now and then both are built anew. Ratio and added time are medians
-of the rounds' own. *Worker to worker* is pod, worker, gateway, tunnel, gateway, worker, pod: two hops each way, and each is
-VXLAN, whose own share of a round trip is measured beside them.
+turns, TCP (cubic) on all processors, round trips on one; now and then both are built anew. All are medians of rounds, and
+ratio and added time are those of the rounds' own; beside them, between what the middle half of the rounds lie. *Worker to
+worker* is pod, worker, gateway, tunnel, gateway, worker, pod: two hops each way, and each is VXLAN, whose own share of a
+round trip is measured beside them.
 
 ![Ratios, added time and cost](datapath.svg)
 
@@ -140,14 +141,17 @@ both ways.
 }
 
 fn table(results: &[Measured]) -> String {
-    let mut text = "| what | value | | budget | |\n|---|--:|---|---|---|\n".to_owned();
+    let spread = results.iter().any(|result| result.middle_half.is_some());
+    let [head, rule] = if spread { [" middle half |", "---|"] } else { [""; 2] };
+    let mut text = format!("| what | value | |{head} budget | |\n|---|--:|---|{rule}---|---|\n");
     for result in results {
         let bold = if result.ok() { "" } else { "**" };
         let budget = result.budget.map_or_else(String::new, |budget| budget.to_string());
         let Measured { name, value, unit, .. } = result;
         text += &format!(
-            "| {bold}{name}{bold} | {bold}{}{bold} | {unit} | {budget} | {} |\n",
+            "| {bold}{name}{bold} | {bold}{}{bold} | {unit} |{} {budget} | {} |\n",
             digits(*value),
+            if spread { format!(" {} |", result.spread()) } else { String::new() },
             result.verdict()
         );
     }
@@ -217,7 +221,10 @@ mod tests {
         let one = |name: &str, value, unit, budget| Measured { budget, ..Measured::new(name, value, unit) };
         let results = vec![
             one("tcp 1 stream, carrick", 2.3456, "Gb/s", None),
-            one("tcp 1 stream, ratio", 0.97, "x", Some(Budget::AtLeast(0.95))),
+            Measured {
+                middle_half: Some([0.931, 1.02]),
+                ..one("tcp 1 stream, ratio", 0.97, "x", Some(Budget::AtLeast(0.95)))
+            },
             one("round trip, added", 13.2, "us", Some(Budget::AtMost(12.0))),
             one("steer, 4096 prefixes", 120.0, "ns", Some(Budget::AtMost(150.0))),
         ];

@@ -6,11 +6,13 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::statistics::{median, middle_half};
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Output {
     #[default]
     Table,
-    /// `{"ok", "results": [{"name", "value", "unit", "budget", "ok"}]}`
+    /// `{"ok", "results": [{"name", "value", "middleHalf", "unit", "budget", "ok"}]}`
     Json,
 }
 
@@ -27,6 +29,8 @@ pub enum Budget {
 pub struct Measured {
     pub name: String,
     pub value: f64,
+    /// Where `value` is the median of rounds: between what the middle half of them lie.
+    pub middle_half: Option<[f64; 2]>,
     pub unit: Cow<'static, str>,
     pub budget: Option<Budget>,
 }
@@ -58,7 +62,18 @@ impl fmt::Display for Budget {
 impl Measured {
     /// Without a budget.
     pub fn new(name: &str, value: f64, unit: &'static str) -> Measured {
-        Measured { name: name.to_owned(), value, unit: unit.into(), budget: None }
+        Measured { name: name.to_owned(), value, middle_half: None, unit: unit.into(), budget: None }
+    }
+
+    /// The median of rounds, without a budget.
+    pub fn of_rounds(name: &str, rounds: impl Iterator<Item = f64> + Clone, unit: &'static str) -> Measured {
+        let middle_half = Some(middle_half(rounds.clone()));
+        Measured { middle_half, ..Measured::new(name, median(rounds), unit) }
+    }
+
+    /// As a person reads it; nothing where `value` is not of rounds.
+    pub fn spread(&self) -> String {
+        self.middle_half.map_or_else(String::new, |[low, high]| format!("{} to {}", digits(low), digits(high)))
     }
 
     /// Whether the budget holds; without one, always.
@@ -73,7 +88,7 @@ impl Measured {
             Some(_) if self.ok() => "ok".to_owned(),
             Some(Budget::AtMost(0.0)) => "MISSED".to_owned(),
             Some(Budget::AtLeast(limit) | Budget::AtMost(limit)) => {
-                format!("MISSED by {:.0} %", (self.value / limit - 1.0).abs() * 100.0)
+                format!("MISSED by {:.1} %", (self.value / limit - 1.0).abs() * 100.0)
             }
         }
     }
@@ -92,12 +107,14 @@ pub fn print(results: &[Measured], output: Output) {
 }
 
 fn table(results: &[Measured]) -> String {
-    let width = results.iter().map(|result| result.name.len()).max().unwrap_or(0);
+    let widest = |length: fn(&Measured) -> usize| results.iter().map(length).max().unwrap_or(0);
+    let [width, spread] = [widest(|result| result.name.len()), widest(|result| result.spread().len())];
     let mut text = String::new();
     for result in results {
         let budget = result.budget.map_or_else(String::new, |budget| budget.to_string());
         let (name, value, unit, verdict) = (&result.name, digits(result.value), &result.unit, result.verdict());
-        let line = format!("{name:width$}  {value:>10} {unit:<10}  {budget:<7}  {verdict}");
+        let line =
+            format!("{name:width$}  {value:>10} {unit:<10}  {:spread$}  {budget:<7}  {verdict}", result.spread());
         text += &format!("{}\n", line.trim_end());
     }
     text
@@ -107,6 +124,7 @@ fn table(results: &[Measured]) -> String {
 pub fn digits(value: f64) -> String {
     let decimals = match value.abs() {
         whole if whole.fract() == 0.0 => 0,
+        size if size < 1.0 => 3,
         size if size < 10.0 => 2,
         size if size < 100.0 => 1,
         _ => 0,
@@ -121,6 +139,7 @@ fn json(results: &[Measured]) -> Value {
             json!({
                 "name": result.name,
                 "value": result.value,
+                "middleHalf": result.middle_half,
                 "unit": result.unit,
                 "budget": result.budget.map(|budget| budget.to_string()),
                 "ok": result.ok(),
@@ -139,9 +158,9 @@ mod tests {
     fn results() -> Vec<Measured> {
         let measured = |name: &str, value, unit, budget| Measured { budget, ..Measured::new(name, value, unit) };
         vec![
-            measured("tcp carrick", 2.3456, "Gb/s", None),
+            Measured { middle_half: Some([2.0, 2.41]), ..measured("tcp carrick", 2.3456, "Gb/s", None) },
             measured("tcp vs gotatun", 2.0, "x", Some(Budget::AtLeast(2.0))),
-            measured("tcp vs wireguard-go", 0.9, "x", Some(Budget::AtLeast(1.0))),
+            measured("tcp vs wireguard-go", 0.9499, "x", Some(Budget::AtLeast(1.0))),
             measured("retransmits", 48.0, "", Some(Budget::AtMost(0.0))),
             measured("memory, 100 peers", 50.0, "MiB", Some(Budget::AtMost(40.0))),
         ]
@@ -150,18 +169,18 @@ mod tests {
     #[test]
     fn the_table_names_what_is_missed_and_by_how_much() {
         expect![[r#"
-            tcp carrick                2.35 Gb/s
-            tcp vs gotatun                2 x           >= 2     ok
-            tcp vs wireguard-go        0.90 x           >= 1     MISSED by 10 %
-            retransmits                  48             <= 0     MISSED
-            memory, 100 peers            50 MiB         <= 40    MISSED by 25 %
+            tcp carrick                2.35 Gb/s        2 to 2.41
+            tcp vs gotatun                2 x                      >= 2     ok
+            tcp vs wireguard-go       0.950 x                      >= 1     MISSED by 5.0 %
+            retransmits                  48                        <= 0     MISSED
+            memory, 100 peers            50 MiB                    <= 40    MISSED by 25.0 %
         "#]]
         .assert_eq(&table(&results()));
     }
 
     #[test]
     fn json_has_the_documented_fields() {
-        expect![[r#"{"ok":false,"results":[{"budget":">= 2","name":"tcp vs gotatun","ok":true,"unit":"x","value":2.0},{"budget":">= 1","name":"tcp vs wireguard-go","ok":false,"unit":"x","value":0.9}]}"#]].assert_eq(&json(&results()[1..3]).to_string());
+        expect![[r#"{"ok":false,"results":[{"budget":">= 2","middleHalf":null,"name":"tcp vs gotatun","ok":true,"unit":"x","value":2.0},{"budget":">= 1","middleHalf":null,"name":"tcp vs wireguard-go","ok":false,"unit":"x","value":0.9499}]}"#]].assert_eq(&json(&results()[1..3]).to_string());
     }
 
     #[test]

@@ -18,6 +18,11 @@ pub fn percentile(percent: u32, values: impl Iterator<Item = f64>) -> f64 {
     values.get(rank - 1).copied().unwrap_or(f64::NAN)
 }
 
+/// Between what the middle half of the values lie (nearest rank).
+pub fn middle_half(values: impl Iterator<Item = f64> + Clone) -> [f64; 2] {
+    [percentile(25, values.clone()), percentile(75, values)]
+}
+
 pub fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
@@ -33,6 +38,13 @@ mod tests {
         assert_eq!(median([3.0, 1.0, 100.0].into_iter()), 3.0);
         assert_eq!(median([4.0, 1.0, 2.0, 3.0].into_iter()), 2.5);
         assert!(median([].into_iter()).is_nan());
+    }
+
+    #[test]
+    fn the_middle_half_has_a_quarter_of_the_values_on_each_side() {
+        let values = [8.0, 1.0, 7.0, 2.0, 6.0, 3.0, 5.0, 4.0];
+        assert_eq!(middle_half(values.into_iter()), [2.0, 6.0]);
+        assert_eq!(middle_half([3.0].into_iter()), [3.0, 3.0]);
     }
 
     #[test]

@@ -135,10 +135,8 @@ fn ratios(samples: &BTreeMap<&str, Samples>) -> Vec<Measured> {
     for (name, limit) in BUDGETS {
         let Some(theirs) = samples.get(name) else { continue };
         let ratio = |what: &str, value| Measured {
-            name: format!("{OURS} over {name}, {what}"),
-            value,
-            unit: "x".into(),
             budget: Some(Budget::AtLeast(limit)),
+            ..Measured::new(&format!("{OURS} over {name}, {what}"), value, "x")
         };
         results.push(ratio("tcp", ours.throughput() / theirs.throughput()));
         results.push(ratio("udp small", ours.packet_rate() / theirs.packet_rate()));
@@ -164,11 +162,10 @@ fn memory(carrick: &Path, peers: usize, limit: Option<f64>) -> Result<Measured> 
     wait_for("a packet", Duration::from_secs(20), || traffic::reaches(a, b).map_err(|error| format!("{error:#}")))?;
     traffic::tcp(a, b, Duration::from_secs(1), &[])?;
     let pid = running.pids().first().copied().context("the tunnel does not run")?;
+    let mebibytes = traffic::peak_memory(pid)? as f64 / f64::from(1 << 20);
     Ok(Measured {
-        name: format!("memory, 2 devices of {peers} peers"),
-        value: traffic::peak_memory(pid)? as f64 / f64::from(1 << 20),
-        unit: "MiB".into(),
         budget: limit.map(Budget::AtMost),
+        ..Measured::new(&format!("memory, 2 devices of {peers} peers"), mebibytes, "MiB")
     })
 }
 

@@ -71,38 +71,36 @@ impl<'a> Demo<'a> {
     }
 
     fn node_off(&mut self, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
-        let off = self.node("mn", 1)?;
-        self.under_traffic("a gateway node off", Price::Some, |demo| demo.lab.power_off(off))?;
+        let off = self.under_traffic("a gateway node off", Price::Some, |demo| {
+            let [node, _] = demo.way()?;
+            demo.lab.power_off(node)?;
+            Ok(node)
+        })?;
         self.lab.power_on(off)?;
-        self.start_again("mn-1", mesh, running)
+        self.start_again(off, mesh, running)
     }
 
     fn link_cut(&mut self) -> Result<()> {
-        let mut cut = None;
-        self.under_traffic("a link between two gateways cut", Price::Some, |demo| {
-            // The slots of a member are its first nodes.
-            let [way, _] = way::taken([demo.lab.cluster("mn")?, demo.lab.cluster("va")?], AROUND / 4, 100)?;
-            let (ours, theirs) = (demo.node("mn", way.from.into())?, demo.node("va", way.to.into())?);
-            cut = Some(demo.lab.cut(ours, theirs, &tunnels())?);
-            Ok(())
+        let cut = self.under_traffic("a link between two gateways cut", Price::Some, |demo| {
+            let [ours, theirs] = demo.way()?;
+            demo.lab.cut(ours, theirs, &tunnels())
         })?;
-        cut.into_iter().flatten().try_for_each(Fault::mend)?;
+        cut.into_iter().try_for_each(Fault::mend)?;
         self.all_connected()
     }
 
     fn drain(&mut self, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
-        let at = self.place("mn-0")?;
-        let node = self.node("mn", 0)?;
-        self.under_traffic("a gateway drained and stopped", Price::Nothing, |demo| {
+        let drained = self.under_traffic("a gateway drained and stopped", Price::Nothing, |demo| {
+            let [node, _] = demo.way()?;
             demo.carrick.drain(node)?;
-            let Running { agent, tunnel } = &mut running[at];
+            let Running { agent, tunnel } = &mut running[demo.place(node)?];
             for process in [agent].into_iter().chain(tunnel) {
                 process.signal(Signal::SIGTERM)?;
                 process.wait()?;
             }
-            Ok(())
+            Ok(node)
         })?;
-        self.start_again("mn-0", mesh, running)
+        self.start_again(drained, mesh, running)
     }
 
     fn restart(&mut self, name: &'static str, carrick: Carrick, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
@@ -145,22 +143,30 @@ impl<'a> Demo<'a> {
         self.all_connected()
     }
 
-    /// Does something while a worker's pod talks to one of each remote node, and says what it cost.
-    fn under_traffic(
+    /// Does something while two workers' pods talk, and says what it cost.
+    fn under_traffic<T>(
         &mut self,
         name: &'static str,
         price: Price,
-        fault: impl FnOnce(&Self) -> Result<()>,
-    ) -> Result<()> {
+        fault: impl FnOnce(&Self) -> Result<T>,
+    ) -> Result<T> {
         self.table.begin(name);
         // The gateways' own pods are left out: what lives on a node that goes off is gone with it.
         let load = Load::start(End::of(self.pod("va", 2)?), End::of(self.pod("mn", 2)?))?;
-        fault(self)?;
-        load.end(&mut self.table, name, price)
+        let done = fault(self)?;
+        load.end(&mut self.table, name, price)?;
+        Ok(done)
     }
 
-    fn start_again(&self, name: &str, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
-        let at = self.place(name)?;
+    /// The gateways of `mn` and `va` by which most packets of the traffic go: what fails there costs something.
+    fn way(&self) -> Result<[&'a Node; 2]> {
+        let [way, _] = way::taken([self.lab.cluster("mn")?, self.lab.cluster("va")?], AROUND / 4, 100)?;
+        // The slots of a member are its first nodes.
+        Ok([self.node("mn", way.from.into())?, self.node("va", way.to.into())?])
+    }
+
+    fn start_again(&self, node: &Node, mesh: &Mesh, running: &mut [Running]) -> Result<()> {
+        let at = self.place(node)?;
         running[at].wait_gone()?;
         let (member, node) = self.lab.nodes().nth(at).context("a node")?;
         running[at] = self.carrick.start(member, node, mesh)?;
@@ -182,8 +188,10 @@ impl<'a> Demo<'a> {
         Carrick::new(&copy)
     }
 
-    fn place(&self, name: &str) -> Result<usize> {
-        self.lab.nodes().position(|(_, node)| node.host.name() == name).with_context(|| format!("no node {name}"))
+    /// Of a node in the lab's order.
+    fn place(&self, node: &Node) -> Result<usize> {
+        let name = node.host.name();
+        self.lab.nodes().position(|(_, other)| other.host.name() == name).with_context(|| format!("no node {name}"))
     }
 
     fn node(&self, member: &str, number: usize) -> Result<&'a Node> {

@@ -303,7 +303,7 @@ mod tests {
         expect![[r#"
             gateway off, events: 50
             gateway off, gap p50: 524 ms
-            gateway off, gap p99: 1000 ms <= 999 MISSED by 0 %
+            gateway off, gap p99: 1000 ms <= 999 MISSED by 0.1 %
             gateway off, gap max: 1000 ms
             gateway off, lost p50: 500 packets
             gateway off, mended, lost in all: 0 packets

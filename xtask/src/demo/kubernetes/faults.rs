@@ -45,12 +45,12 @@ impl Demo<'_> {
 
     /// That gateway of `mn` goes off by which most is sent.
     fn node_off(&mut self) -> Result<()> {
-        let mut node = String::new();
-        self.under_load("a gateway node's power cut", Price::Some, |demo| {
-            node = demo.busiest_gateway("mn")?;
-            demo.switch(&node, false)
+        let node = self.under_load("a gateway node's power cut", Price::Some, |demo| {
+            let node = demo.busiest_gateway("mn")?;
+            demo.switch(&node, false)?;
+            Ok(node)
         })?;
-        self.under_load("that node's power back", Price::Some, |demo| {
+        self.under_load("that node's power back", Price::Any, |demo| {
             demo.switch(&node, true)?;
             up::wait_for_nodes(demo.clusters.cluster("mn")?)?;
             demo.wait_all()
@@ -59,7 +59,7 @@ impl Demo<'_> {
 
     /// Its object goes while nothing on it runs; it joins again as a new one, which has to be labelled.
     fn node_deleted(&mut self) -> Result<()> {
-        self.under_load("a gateway node deleted while it was off, joined again", Price::Some, |demo| {
+        self.under_load("a gateway node deleted while it was off, joined again", Price::Any, |demo| {
             demo.switch("mn-1", false)?;
             let cluster = demo.clusters.cluster("mn")?;
             cluster.kubectl(&["delete", "node", "mn-1"], "")?;
@@ -191,22 +191,22 @@ impl Demo<'_> {
     }
 
     /// Does something while worker pods talk, and says what it cost.
-    pub(super) fn under_load(
+    pub(super) fn under_load<T>(
         &mut self,
         name: &'static str,
         price: Price,
-        fault: impl FnOnce(&mut Self) -> Result<()>,
-    ) -> Result<()> {
+        fault: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
         self.table.begin(name);
         let (va, mn) = (self.pod("va", 2)?, self.pod("mn", 2)?);
         let load = Load::start(va.end(), mn.end())?;
         let fine = self.table.is_ok();
-        fault(self)?;
+        let done = fault(self)?;
         load.end(&mut self.table, name, price)?;
         if fine && !self.table.is_ok() {
             self.show();
         }
-        Ok(())
+        Ok(done)
     }
 
     fn switch(&mut self, name: &str, on: bool) -> Result<()> {
